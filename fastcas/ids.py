@@ -1,0 +1,235 @@
+"""Names and addresses as people write them: hashes, links, peers, sizes, rates, parity shapes.
+
+Owns the grammar of every argument that names something (architecture §2, §9). Each parser takes the text and
+the argument's name, and raises `UsageError` with one line that names the argument.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, quote, urlsplit
+
+from fastcas.errors import UsageError
+
+__all__ = [
+    "Link",
+    "PeerAddr",
+    "escape_for_terminal",
+    "hex_of",
+    "parse_hash",
+    "parse_parity",
+    "parse_peer",
+    "parse_rate",
+    "parse_ref",
+    "parse_size",
+    "short",
+]
+
+_HEX64 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_SIZE = re.compile(r"([0-9]{1,15})(K|M|G|KiB|MiB|GiB)?", re.ASCII)
+_UNIT = {None: 1, "K": 1 << 10, "KiB": 1 << 10, "M": 1 << 20, "MiB": 1 << 20, "G": 1 << 30, "GiB": 1 << 30}
+_PARITY = re.compile(r"([0-9]{1,3})\+([0-9]{1,3})", re.ASCII)
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", re.ASCII)
+_UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+MAX_LINK_CHARS = 8192
+MAX_LINK_PEERS = 64
+
+
+def _quoted(text: str) -> str:
+    shown = text if len(text) <= 80 else text[:77] + "..."
+    return "'" + escape_for_terminal(shown) + "'"
+
+
+def escape_for_terminal(text: str) -> str:
+    """Return `text` with control, bidi and other invisible characters as \\x, \\u or \\U escapes."""
+    import unicodedata
+
+    out = []
+    for char in text:
+        if unicodedata.category(char) in _UNSAFE_CATEGORIES:
+            code = ord(char)
+            out.append(f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
+        else:
+            out.append(char)
+    return "".join(out)
+
+
+def parse_hash(text: str, argument: str = "hash") -> bytes:
+    """Return the 32 bytes of a 64-digit lower-case hex hash.
+
+    Raises:
+        UsageError: Anything else than exactly 64 of 0-9a-f.
+    """
+    if not isinstance(text, str) or not _HEX64.fullmatch(text):
+        raise UsageError(f"{argument}: expected 64 lower-case hex digits, got {_quoted(str(text))}")
+    return bytes.fromhex(text)
+
+
+def hex_of(digest: bytes) -> str:
+    """Return a 32-byte hash as 64 lower-case hex digits."""
+    return digest.hex()
+
+
+def short(digest: bytes | str) -> str:
+    """Return the first 8 hex digits, as logs and messages show a hash."""
+    return digest[:8] if isinstance(digest, str) else digest[:4].hex()
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PeerAddr:
+    """Where a peer's data port listens: a literal IP address (or a host name not yet resolved) and a TCP port."""
+
+    ip: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.ip}]:{self.port}" if ":" in self.ip else f"{self.ip}:{self.port}"
+
+    @property
+    def is_literal(self) -> bool:
+        """Whether `ip` is an address, so that no name needs resolving."""
+        try:
+            ipaddress.ip_address(self.ip)
+        except ValueError:
+            return False
+        return True
+
+
+def parse_peer(text: str, argument: str = "peer") -> PeerAddr:
+    """Parse `host:port`, `[v6]:port`.
+
+    Raises:
+        UsageError: No port, port outside 1..65535, or a host that is neither an address nor a name.
+    """
+    bad = UsageError(f"{argument}: expected HOST:PORT, got {_quoted(text)}")
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket or not rest.startswith(":"):
+            raise bad
+        port_text = rest[1:]
+        try:
+            host = str(ipaddress.IPv6Address(host))
+        except ValueError:
+            raise bad from None
+    else:
+        host, colon, port_text = text.rpartition(":")
+        if not colon or ":" in host:
+            raise bad
+        if re.fullmatch(r"[0-9.]+", host, re.ASCII):
+            try:
+                host = str(ipaddress.IPv4Address(host))
+            except ValueError:
+                raise bad from None
+        elif not _HOST_NAME.fullmatch(host):
+            raise bad
+    if not re.fullmatch(r"[0-9]{1,5}", port_text, re.ASCII) or not 1 <= int(port_text) <= 65535:
+        raise bad
+    return PeerAddr(host, int(port_text))
+
+
+def parse_size(text: str, argument: str = "size") -> int:
+    """Return bytes: digits with optional K, M, G or KiB, MiB, GiB, powers of 1024.
+
+    Raises:
+        UsageError: Any other text, or zero.
+    """
+    match = _SIZE.fullmatch(text)
+    if not match or int(match[1]) == 0:
+        raise UsageError(f"{argument}: expected a size such as 256KiB or 4M, got {_quoted(text)}")
+    return int(match[1]) * _UNIT[match[2]]
+
+
+def parse_rate(text: str, argument: str = "rate") -> int:
+    """Return bytes per second; the grammar of `parse_size`."""
+    return parse_size(text, argument)
+
+
+def parse_parity(text: str, argument: str = "parity") -> tuple[int, int]:
+    """Return (k, m) of `K+M` with k >= 1, 1 <= m <= 64, k + m <= 255.
+
+    Raises:
+        UsageError: Any other text or shape.
+    """
+    match = _PARITY.fullmatch(text)
+    if match:
+        k, m = int(match[1]), int(match[2])
+        if k >= 1 and 1 <= m <= 64 and k + m <= 255:
+            return k, m
+    raise UsageError(f"{argument}: expected K+M with K >= 1, 1 <= M <= 64, K+M <= 255, got {_quoted(text)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A fastcas:// link: file_hash (32 bytes), and what helps to fetch it.
+
+    name, size and peers are hints for people and for the first connection; manifest_hash, where present, is
+    trusted as architecture §5.2 says.
+    """
+
+    file_hash: bytes
+    manifest_hash: bytes | None = None
+    name: str | None = None
+    size: int | None = None
+    peers: tuple[PeerAddr, ...] = ()
+
+    def __str__(self) -> str:
+        query = []
+        if self.manifest_hash is not None:
+            query.append("m=" + self.manifest_hash.hex())
+        if self.name is not None:
+            query.append("name=" + quote(self.name, safe=""))
+        if self.size is not None:
+            query.append(f"size={self.size}")
+        query += ["peer=" + quote(str(peer), safe=":[]") for peer in self.peers]
+        return "fastcas://" + self.file_hash.hex() + ("?" + "&".join(query) if query else "")
+
+    @classmethod
+    def parse(cls, text: str, argument: str = "link") -> Link:
+        """Parse a link. Unknown keys are ignored; known ones must be well-formed and, but for peer, single.
+
+        Raises:
+            UsageError: The scheme, the hash or a known key is malformed, or the link is over 8,192 characters.
+        """
+        if len(text) > MAX_LINK_CHARS:
+            raise UsageError(f"{argument}: longer than {MAX_LINK_CHARS} characters ({len(text)})")
+        try:
+            parts = urlsplit(text)
+        except ValueError:
+            raise UsageError(f"{argument}: not a fastcas:// link: {_quoted(text)}") from None
+        if parts.scheme != "fastcas" or parts.path not in ("", "/") or parts.fragment:
+            raise UsageError(f"{argument}: expected fastcas://<64 hex>?..., got {_quoted(text)}")
+        file_hash = parse_hash(parts.netloc, argument)
+        manifest_hash: bytes | None = None
+        name: str | None = None
+        size: int | None = None
+        peers: list[PeerAddr] = []
+        seen: set[str] = set()
+        for key, value in parse_qsl(parts.query, keep_blank_values=True, max_num_fields=MAX_LINK_PEERS + 16):
+            if key in seen:
+                raise UsageError(f"{argument}: {key}= given twice")
+            if key in ("m", "name", "size"):
+                seen.add(key)
+            if key == "m":
+                manifest_hash = parse_hash(value, f"{argument}: m")
+            elif key == "name":
+                name = value
+            elif key == "size":
+                if not re.fullmatch(r"[0-9]{1,16}", value, re.ASCII):
+                    raise UsageError(f"{argument}: size: expected a number of bytes, got {_quoted(value)}")
+                size = int(value)
+            elif key == "peer":
+                peers.append(parse_peer(value, f"{argument}: peer"))
+        return cls(file_hash, manifest_hash, name, size, tuple(peers))
+
+
+def parse_ref(text: str, argument: str = "REF") -> Link:
+    """Return the `Link` of a REF: a 64-hex file or collection hash, or a fastcas:// link.
+
+    Raises:
+        UsageError: Neither.
+    """
+    if text.startswith("fastcas:"):
+        return Link.parse(text, argument)
+    return Link(parse_hash(text, argument))
