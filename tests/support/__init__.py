@@ -1,0 +1,1 @@
+"""What tests, demo and benches share: real nodes, real peers, hostile peers."""
