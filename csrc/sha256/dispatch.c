@@ -1,0 +1,67 @@
+/* Which kernel: by name, or the fastest that this CPU supports. */
+#include <stdatomic.h>
+#include <string.h>
+
+#include "common/cpu.h"
+#include "sha256/kernels.h"
+
+/* Every name that FASTCAS_SHA256_KERNEL accepts, built or not; from the slowest to the fastest. */
+static const struct {
+    const char *name;
+    const fcas_sha256_kernel *kernel; /* NULL: not built */
+} kernels[] = {
+    {"generic", &fcas_sha256_generic},
+#if FCAS_SHA256_HAVE_SHANI
+    {"shani", &fcas_sha256_shani},
+    {"shani_x2", &fcas_sha256_shani_x2},
+#else
+    {"shani", NULL},
+    {"shani_x2", NULL},
+#endif
+};
+
+enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
+
+static int cpu_can(const fcas_sha256_kernel *kernel)
+{
+    return (fcas_cpu_features() & kernel->cpu_needs) == kernel->cpu_needs;
+}
+
+fcas_status fcas_sha256_select(const char *name, const fcas_sha256_kernel **out)
+{
+    for (size_t i = 0; i < N_KERNELS; i++) {
+        if (strcmp(kernels[i].name, name) != 0)
+            continue;
+        if (kernels[i].kernel == NULL)
+            return FCAS_KERNEL_NOT_BUILT;
+        if (!cpu_can(kernels[i].kernel))
+            return FCAS_KERNEL_NO_CPU;
+        *out = kernels[i].kernel;
+        return FCAS_OK;
+    }
+    return FCAS_KERNEL_UNKNOWN;
+}
+
+const fcas_sha256_kernel *fcas_sha256_default(void)
+{
+    static _Atomic(const fcas_sha256_kernel *) chosen;
+    /* Relaxed: racing threads choose the same kernel, and what it points to is constant. */
+    const fcas_sha256_kernel *best = atomic_load_explicit(&chosen, memory_order_relaxed);
+
+    if (best == NULL) {
+        best = &fcas_sha256_generic;
+        for (size_t i = 0; i < N_KERNELS; i++)
+            if (kernels[i].kernel != NULL && cpu_can(kernels[i].kernel))
+                best = kernels[i].kernel;
+        atomic_store_explicit(&chosen, best, memory_order_relaxed);
+    }
+    return best;
+}
+
+const fcas_sha256_kernel *fcas_sha256_kernel_at(size_t i)
+{
+    for (size_t j = 0; j < N_KERNELS; j++)
+        if (kernels[j].kernel != NULL && i-- == 0)
+            return kernels[j].kernel;
+    return NULL;
+}

@@ -1,0 +1,153 @@
+/* SHA-256 with the SHA extensions, one stream or two interleaved.
+ *
+ * sha256rnds2 does two rounds with a latency of four cycles, and each depends on the one before: one
+ * stream leaves the unit idle half of the time. A second, independent stream fills the gaps; three and
+ * four spill registers and are slower. Where both streams read the same bytes (a chunk's digest and
+ * the content's chaining value), the message schedule is computed once. */
+#include "sha256/kernels.h"
+
+#if FCAS_SHA256_HAVE_SHANI
+#include <immintrin.h>
+
+#include "common/cpu.h"
+
+#define SHANI  __attribute__((target("sha,sse4.1,ssse3")))
+#define INLINE static inline __attribute__((always_inline))
+#define NEEDS  (FCAS_CPU_SHANI | FCAS_CPU_SSE41 | FCAS_CPU_SSSE3)
+
+/* The instructions want the variables as two vectors, high word first: A B E F and C D G H. */
+typedef struct {
+    __m128i abef, cdgh;
+} vars;
+
+SHANI INLINE vars load_state(const uint32_t state[8])
+{
+    __m128i dcba = _mm_loadu_si128((const __m128i *)(const void *)state);
+    __m128i hgfe = _mm_loadu_si128((const __m128i *)(const void *)(state + 4));
+    __m128i cdab = _mm_shuffle_epi32(dcba, 0xb1);
+    __m128i efgh = _mm_shuffle_epi32(hgfe, 0x1b);
+    vars v = {_mm_alignr_epi8(cdab, efgh, 8), _mm_blend_epi16(efgh, cdab, 0xf0)};
+    return v;
+}
+
+SHANI INLINE void store_state(uint32_t state[8], vars v)
+{
+    __m128i feba = _mm_shuffle_epi32(v.abef, 0x1b);
+    __m128i dchg = _mm_shuffle_epi32(v.cdgh, 0xb1);
+    _mm_storeu_si128((__m128i *)(void *)state, _mm_blend_epi16(feba, dchg, 0xf0));
+    _mm_storeu_si128((__m128i *)(void *)(state + 4), _mm_alignr_epi8(dchg, feba, 8));
+}
+
+SHANI INLINE __m128i load_words(const uint8_t *p)
+{
+    const __m128i swap = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
+    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)p), swap);
+}
+
+/* Four rounds; kw holds K[t..t+3] + W[t..t+3]. */
+SHANI INLINE vars rounds4(vars v, __m128i kw)
+{
+    v.cdgh = _mm_sha256rnds2_epu32(v.cdgh, v.abef, kw);
+    v.abef = _mm_sha256rnds2_epu32(v.abef, v.cdgh, _mm_shuffle_epi32(kw, 0x0e));
+    return v;
+}
+
+/* W[t..t+3] from the sixteen words before: w0 = W[t-16..t-13], ..., w3 = W[t-4..t-1]. */
+SHANI INLINE __m128i next_words(__m128i w0, __m128i w1, __m128i w2, __m128i w3)
+{
+    __m128i sum = _mm_add_epi32(_mm_sha256msg1_epu32(w0, w1), _mm_alignr_epi8(w3, w2, 4));
+    return _mm_sha256msg2_epu32(sum, w3);
+}
+
+SHANI INLINE __m128i k4(unsigned t)
+{
+    return _mm_load_si128((const __m128i *)(const void *)(fcas_sha256_k + t));
+}
+
+SHANI INLINE vars add(vars x, vars y)
+{
+    vars v = {_mm_add_epi32(x.abef, y.abef), _mm_add_epi32(x.cdgh, y.cdgh)};
+    return v;
+}
+
+SHANI static void compress(uint32_t state[8], const uint8_t *blocks, size_t nblocks)
+{
+    vars v = load_state(state);
+
+    for (; nblocks > 0; nblocks--, blocks += FCAS_SHA256_BLOCK) {
+        const vars before = v;
+        __m128i w[4];
+#pragma GCC unroll 16
+        for (unsigned q = 0; q < 16; q++) {
+            w[q & 3] = q < 4 ? load_words(blocks + 16 * q)
+                             : next_words(w[q & 3], w[(q + 1) & 3], w[(q + 2) & 3], w[(q + 3) & 3]);
+            v = rounds4(v, _mm_add_epi32(w[q & 3], k4(4 * q)));
+        }
+        v = add(v, before);
+    }
+    store_state(state, v);
+}
+
+SHANI static void compress2_same(uint32_t state_a[8], uint32_t state_b[8], const uint8_t *blocks,
+                                 size_t nblocks)
+{
+    vars va = load_state(state_a), vb = load_state(state_b);
+
+    for (; nblocks > 0; nblocks--, blocks += FCAS_SHA256_BLOCK) {
+        const vars before_a = va, before_b = vb;
+        __m128i w[4];
+#pragma GCC unroll 16
+        for (unsigned q = 0; q < 16; q++) {
+            w[q & 3] = q < 4 ? load_words(blocks + 16 * q)
+                             : next_words(w[q & 3], w[(q + 1) & 3], w[(q + 2) & 3], w[(q + 3) & 3]);
+            __m128i kw = _mm_add_epi32(w[q & 3], k4(4 * q));
+            va = rounds4(va, kw);
+            vb = rounds4(vb, kw);
+        }
+        va = add(va, before_a);
+        vb = add(vb, before_b);
+    }
+    store_state(state_a, va);
+    store_state(state_b, vb);
+}
+
+SHANI static void compress2_interleaved(uint32_t state_a[8], const uint8_t *a, uint32_t state_b[8],
+                                        const uint8_t *b, size_t nblocks)
+{
+    if (a == b) {
+        compress2_same(state_a, state_b, a, nblocks);
+        return;
+    }
+    vars va = load_state(state_a), vb = load_state(state_b);
+
+    for (; nblocks > 0; nblocks--, a += FCAS_SHA256_BLOCK, b += FCAS_SHA256_BLOCK) {
+        const vars before_a = va, before_b = vb;
+        __m128i wa[4], wb[4];
+#pragma GCC unroll 16
+        for (unsigned q = 0; q < 16; q++) {
+            unsigned i0 = q & 3, i1 = (q + 1) & 3, i2 = (q + 2) & 3, i3 = (q + 3) & 3;
+            wa[i0] = q < 4 ? load_words(a + 16 * q) : next_words(wa[i0], wa[i1], wa[i2], wa[i3]);
+            wb[i0] = q < 4 ? load_words(b + 16 * q) : next_words(wb[i0], wb[i1], wb[i2], wb[i3]);
+            va = rounds4(va, _mm_add_epi32(wa[i0], k4(4 * q)));
+            vb = rounds4(vb, _mm_add_epi32(wb[i0], k4(4 * q)));
+        }
+        va = add(va, before_a);
+        vb = add(vb, before_b);
+    }
+    store_state(state_a, va);
+    store_state(state_b, vb);
+}
+
+static void compress2_in_turn(uint32_t state_a[8], const uint8_t *a, uint32_t state_b[8],
+                              const uint8_t *b, size_t nblocks)
+{
+    compress(state_a, a, nblocks);
+    compress(state_b, b, nblocks);
+}
+
+const fcas_sha256_kernel fcas_sha256_shani = {"shani", NEEDS, compress, compress2_in_turn};
+const fcas_sha256_kernel fcas_sha256_shani_x2 = {"shani_x2", NEEDS, compress, compress2_interleaved};
+#else
+/* ISO C forbids an empty translation unit. */
+typedef int fcas_sha256_shani_not_built;
+#endif
