@@ -126,8 +126,8 @@ fcas_status fcas_table_create(fcas_table *t, int fd, uint64_t n_slots, uint64_t 
 /* Insert, or replace if the key is there with another place (new slot first, then the old one's tombstone).
  * FCAS_E_FULL when more than 7/8 of the slots are used or tombstones; FCAS_E_ARG for a length over 16 MiB. */
 fcas_status fcas_table_put(fcas_table *t, fcas_entry_type type, const uint8_t key[32], fcas_place place);
-/* file -> manifest; the manifest's entry must be there (FCAS_E_NOTFOUND). Replacing a manifest's entry
- * (fcas_table_put of the same key) does not move the files that point to it: re-put them. */
+/* file -> manifest; the manifest's entry must be there (FCAS_E_NOTFOUND). When that entry is replaced later
+ * (fcas_table_put of the same key), the files that point to it follow: a tombstone keeps its key. */
 fcas_status fcas_table_put_file(fcas_table *t, const uint8_t file_hash[32], const uint8_t manifest_hash[32]);
 /* Tombstone. FCAS_E_NOTFOUND if it is not there. */
 fcas_status fcas_table_remove(fcas_table *t, fcas_entry_type type, const uint8_t key[32]);
@@ -140,5 +140,9 @@ fcas_status fcas_table_remove_blob(fcas_table *t, uint32_t number);
 uint64_t fcas_table_advance(fcas_table *t);
 /* Copy all live entries and blobs of src into dst (empty, large enough). Keeps the epoch. */
 fcas_status fcas_table_copy(fcas_table *dst, const fcas_table *src);
+/* The same without one blob's directory entry, whose number can then be put again. */
+fcas_status fcas_table_copy_except(fcas_table *dst, const fcas_table *src, uint32_t blob);
+/* One more than the highest live blob number; *path_bytes = heap bytes of all live paths. One pass. */
+uint64_t fcas_table_blob_usage(const fcas_table *t, uint64_t *path_bytes);
 
 #endif
