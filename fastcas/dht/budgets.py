@@ -1,0 +1,94 @@
+"""Every number of the DHT: sizes, rates, times, caps, with unit and reason. Source: discovery notes §2.4–§2.6."""
+
+from __future__ import annotations
+
+# --- wire ---
+WIRE_VERSION = 1
+DATAGRAM_MAX = 1200  # bytes both ways: never fragments, IPv6 minimum MTU with room
+DATAGRAM_MIN = 22  # type, message id, one byte of msgpack
+FLAG_READ_ONLY = 1  # asks only; must not enter tables
+AMPLIFICATION_MAX = 3  # reply bytes per request byte to an address that has not shown a token
+KEYS_PER_ANNOUNCE = 130  # 8-byte keys in one `ap` datagram
+KEYS_PER_QUERY = 96
+FILES_PER_ANNOUNCE = 48  # 22-byte items in one `as` datagram
+CONTACTS_PER_REPLY = 20
+CONTACTS_BESIDE_RECORDS = 8
+PAD_TO = 400  # bytes of a request without a token, so that three times it holds a full reply
+
+# --- table ---
+KSIZE = 20
+BUCKETS_MAX = 150
+PER_SUBNET_BUCKET = 2  # contacts of one /24 (/64) in a bucket, and in one lookup
+PER_SUBNET_TABLE = 10
+FAILURES_MAX = 2  # unanswered requests in a row before a contact is given up
+CHALLENGES_IN_FLIGHT = 64
+CHALLENGE_PAUSE_S = 30.0  # before the same address is challenged again in vain
+PING_STALEST_EVERY_S = 8.0
+STALE_AFTER_S = 30.0
+REFRESH_EVERY_S = 600.0
+SAVED_CONTACTS_MAX = 400
+SAVE_EVERY_S = 300.0
+
+# --- requests that we send ---
+RTO_FIRST_S = 0.35
+RTO_MIN_S = 0.1
+RTO_MAX_S = 0.6
+RPC_HARD_S = 1.0
+WRITE_HARD_S = 2.5
+OUTSTANDING_MAX = 8192
+
+# --- lookups ---
+ALPHA = 4
+LOOKUP_RPCS_MAX = 120
+LOOKUP_S = 10.0
+SHORTLIST_MAX = 3 * KSIZE * 4
+
+# --- sources ---
+RATE_UNPROVEN = 20.0  # requests per second of one source
+BURST_UNPROVEN = 100.0
+RATE_PROVEN = 300.0
+BURST_PROVEN = 2000.0
+RATE_LOCAL = 5000.0  # loopback and own prefixes, per (ip, port)
+BURST_LOCAL = 10_000.0
+SOURCE_BAN_S = 300.0
+SOURCES_MAX = 20_000
+SIGNATURES_PER_S = 2000.0  # pongs to sources that are not proven, all of them together
+TOKEN_ROTATE_S = 300.0
+
+# --- records held for others ---
+HINTS_MAX = 1_000_000
+PROVIDERS_PER_KEY = 64
+PEERS_PER_REPLY = 16
+SUBNET_SHARE = 0.10  # of all hints may come from one /24 (/64)
+SWARM_RECORDS_MAX = 200_000
+PER_SUBNET_SWARM = 8  # providers of one /24 (/64) under one key
+METADATA_KEYS_MAX = 20_000
+METADATA_PER_KEY = 8
+METADATA_VALUE_MAX = 900  # bytes
+TTL_MIN_S = 60
+CHUNK_TTL_S = 24 * 3600
+SWARM_TTL_S = 2 * 3600
+METADATA_TTL_S = 24 * 3600
+TTL_MAX_S = 48 * 3600
+
+# --- announcing ---
+CHUNK_CYCLE_S = 11 * 3600.0
+SWARM_CYCLE_S = 50 * 60.0
+METADATA_CYCLE_S = 8 * 3600.0
+HOLDERS_CHUNK = 8
+HOLDERS_FILE = 20
+WALKERS = 8
+WINDOW_TOTAL = 256  # datagrams in flight, all holders together
+WINDOW_NODE_FIRST = 4
+WINDOW_NODE_MAX = 32
+HOLDERS_ASKED = 3  # distinct holders whose answers are merged before a key counts as found
+REANNOUNCE_PAUSE_S = 1.0  # between two announcements of everything because the network grew
+
+# --- joining and leaving ---
+REJOIN_FIRST_S = 1.0
+REJOIN_LAST_S = 60.0
+RESOLVE_S = 5.0
+REBIND_FIRST_S = 0.1
+REBIND_LAST_S = 10.0
+LEAVE_S = 0.8
+SOCKET_BUFFER = 4 << 20  # bytes asked of the kernel each way
