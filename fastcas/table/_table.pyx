@@ -39,6 +39,10 @@ cdef extern from *:
     {
         return atomic_load_explicit(&fcas_table_head(t)->n_tombstones, memory_order_relaxed);
     }
+    static int table_blob_was_used(const fcas_table *t, uint32_t number)
+    {
+        return number < t->n_blobs && fcas_table_blobs(t)[number].path_len != 0;
+    }
     static uint64_t table_heap_used(const fcas_table *t)
     {
         return atomic_load_explicit(&fcas_table_head(t)->heap_used, memory_order_relaxed);
@@ -90,6 +94,7 @@ cdef extern from *:
     uint64_t table_n_live(const fcas_table *t) nogil
     uint64_t table_n_tombstones(const fcas_table *t) nogil
     uint64_t table_heap_used(const fcas_table *t) nogil
+    int table_blob_was_used(const fcas_table *t, uint32_t number) nogil
 
 
 cdef enum:
@@ -353,6 +358,10 @@ cdef class ChunkTable(_View):
     def remove_blob(self, uint32_t number):
         self._check_writable()
         return fcas_table_remove_blob(&self._table, number) == FCAS_OK
+
+    def blob_was_used(self, uint32_t number):
+        self._check_open()
+        return table_blob_was_used(&self._table, number) != 0
 
     def blob_usage(self):
         self._check_open()

@@ -116,9 +116,7 @@ class Channel:
                 f"channel: message of {len(data)} B exceeds {CHANNEL_MESSAGE_MAX} B; it was not sent"
             )
         if len(fds) > FDS_MAX:
-            raise LocalProtocolError(
-                f"channel: message with {len(fds)} descriptors exceeds {FDS_MAX}; it was not sent"
-            )
+            raise LocalProtocolError(f"channel: message with {len(fds)} descriptors exceeds {FDS_MAX}; it was not sent")
         if self._sock.fileno() < 0:
             raise UsageError("channel: closed")
         if self._peer_gone:
