@@ -165,17 +165,8 @@ class HintStore:
 
     def _settle(self) -> None:
         """Turn the dictionary into a segment and merge segments until each is over twice the next younger one."""
-        flat = [(k, n, e) for k, holders in self._young.items() for n, e in holders.items()]
-        flat.sort()
-        if flat:
-            keys, numbers, expires = zip(*flat, strict=True)
-            self._segments.append(
-                _Segment(
-                    np.array(keys, dtype=np.uint64),
-                    np.array(numbers, dtype=np.uint32),
-                    np.array(expires, dtype=np.uint32),
-                )
-            )
+        if self._young:
+            self._segments.append(_segment_of(self._young))
         self._young.clear()
         self._n_young = 0
         while len(self._segments) > 1 and len(self._segments[-2].keys) < 2 * len(self._segments[-1].keys):
@@ -184,11 +175,10 @@ class HintStore:
     def _merge(self, *, everything: bool = False) -> None:
         """Merge the two youngest segments, or all there is: drops expired, withdrawn, repeated and excess hints."""
         if everything:
-            flat = self._young
-            self._young = {}
+            if self._young:
+                self._segments.append(_segment_of(self._young))
+            self._young.clear()
             self._n_young = 0
-            if flat:
-                self._segments.append(_segment_of(flat))
         merged = self._segments if everything else self._segments[-2:]
         if not merged:
             return
@@ -270,9 +260,7 @@ class SwarmStore:
         self._keys: OrderedDict[bytes, dict[tuple[bytes, str, int], _Member]] = OrderedDict()
         self.n_records = 0
 
-    def put(
-        self, key: bytes, node_id: bytes, ip: str, udp_port: int, data_port: int, have: int, ttl_s: int
-    ) -> bool:  # fmt: skip
+    def put(self, key: bytes, node_id: bytes, ip: str, udp_port: int, data_port: int, have: int, ttl_s: int) -> bool:
         """Store one record; False when the key or the store is full."""
         now = self._clock()
         members = self._keys.get(key)

@@ -77,9 +77,10 @@ def check(values: list[Any], fields: tuple[Field, ...]) -> bool:
     if len(values) < len(fields):
         return False
     for value, field in zip(values, fields, strict=False):
-        if type(value) is not field.kind:
+        kind = type(value)
+        if kind is not field.kind:
             return False
-        measure = value if field.kind is int else len(value)
+        measure: int = value if kind is int else len(value)
         if not field.low <= measure <= field.high or (field.step > 1 and measure % field.step):
             return False
     return True

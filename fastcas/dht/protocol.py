@@ -1,0 +1,483 @@
+"""The datagram protocol: `kademlia`'s, with every path from the wire replaced.
+
+Owns message ids, retransmission, round-trip estimates and tokens of requests that we sent; admission, decoding and
+dispatch of requests that we got; the challenge that a contact must sign before it enters the table. Synchronous:
+no task per datagram, and nothing that a datagram says can raise out of `datagram_received`. Nothing is ever sent to
+an address that has not asked us, that we were not told to contact, or that did not show a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kademlia.protocol import KademliaProtocol
+
+from fastcas.dht.budgets import (
+    AMPLIFICATION_MAX,
+    CHALLENGE_PAUSE_S,
+    CHALLENGES_IN_FLIGHT,
+    DATAGRAM_MAX,
+    DATAGRAM_MIN,
+    FLAG_READ_ONLY,
+    OUTSTANDING_MAX,
+    PAD_TO,
+    RPC_HARD_S,
+    RTO_FIRST_S,
+    RTO_MAX_S,
+    RTO_MIN_S,
+    SIGNATURES_PER_S,
+    SOURCES_MAX,
+    TOKEN_ROTATE_S,
+    WIRE_VERSION,
+)
+from fastcas.dht.contacts import Address, Contact, pack_address, parse_contact
+from fastcas.dht.guard import MAC_SIZE, NetworkKey, SourceBuckets, TokenBucket, TokenJar
+from fastcas.dht.handlers import Asker, Handlers
+from fastcas.dht.identity import Identity, challenge_text, id_of, verify
+from fastcas.dht.provided import Provided
+from fastcas.dht.records import HintStore, MetadataStore, SwarmStore
+from fastcas.dht.table import FcTable
+from fastcas.dht.wire import BAD_TOKEN, OK, REPLY, REQUEST, Field, check, decode, encode, pack_observed
+
+__all__ = ["FcProtocol", "Reply"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer to a request of ours.
+
+    Attributes:
+        status: 0 is good (`fastcas.dht.wire`).
+        observed: How the replier sees our address, 6 or 18 bytes; a claim.
+        elements: What follows the token; the caller checks shapes.
+    """
+
+    status: int
+    observed: bytes
+    elements: list[Any]
+
+
+NO_NETWORK = bytes(8)
+PADDED = frozenset(("fn", "gp", "gs", "gm"))
+_REQUEST_HEAD = (Field(int, 0, 255), Field(int, 0, 255), Field(bytes, 20, 20), Field(bytes, 0, 8))
+_REPLY_HEAD = (Field(int, 0, 255), Field(bytes, 0, 18), Field(bytes, 0, 8))
+_PONG = (Field(bytes, 20, 20), Field(bytes, 32, 32), Field(bytes, 64, 64))
+
+
+@dataclass(slots=True)
+class _Pending:
+    address: Address
+    contact: Contact | None
+    datagram: bytes
+    future: asyncio.Future[Reply | None]
+    sent_at: float
+    hard_at: float
+    rto_s: float
+    timer: asyncio.TimerHandle | None
+    on_slow: Callable[[], None] | None
+    n_sent: int = 1
+
+
+@dataclass(slots=True)
+class _Path:
+    """What we know of one address: smoothed round trip, its variation, and the token it gave us."""
+
+    srtt_s: float = 0.0
+    var_s: float = 0.0
+    token: bytes = b""
+    token_until: float = 0.0
+
+    @property
+    def rto_s(self) -> float:
+        if not self.srtt_s:
+            return RTO_FIRST_S
+        return min(max(self.srtt_s + 4.0 * self.var_s, RTO_MIN_S), RTO_MAX_S)
+
+    def sample(self, seconds: float) -> None:
+        if not self.srtt_s:
+            self.srtt_s, self.var_s = seconds, seconds / 2
+        else:
+            self.var_s += 0.25 * (abs(self.srtt_s - seconds) - self.var_s)
+            self.srtt_s += 0.125 * (seconds - self.srtt_s)
+
+
+class FcProtocol(KademliaProtocol):  # type: ignore[misc]
+    """One node's protocol over one or two sockets (`add_transport` per address family)."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        is_local: Callable[[str], bool],
+        network_key: bytes | None = None,
+        is_read_only: bool = False,
+        on_table_change: Callable[[], None] | None = None,
+    ) -> None:
+        """Serve as `identity`; `clock` is monotonic, `wall` is Unix time, both in seconds."""
+        self.identity = identity
+        self.is_read_only = is_read_only
+        self.counters: Counter[str] = Counter()
+        self._clock = clock
+        self._network = NetworkKey(network_key) if network_key else None
+        self.net_id = self._network.net_id if self._network else NO_NETWORK
+        self._datagram_max = DATAGRAM_MAX - (MAC_SIZE if self._network else 0)
+        self._transports: dict[int, asyncio.DatagramTransport] = {}
+        self._pending: dict[bytes, _Pending] = {}
+        self._paths: OrderedDict[Address, _Path] = OrderedDict()
+        self._challenging: set[Address] = set()
+        self._failed_challenges: OrderedDict[Address, float] = OrderedDict()
+        self._buckets = SourceBuckets(clock, is_local)
+        self._tokens = TokenJar(clock)
+        me = Contact(identity.node_id, "", 0)
+        self.own_addresses: set[Address] = set()
+        super().__init__(me, None, 20)
+        self.router: FcTable = FcTable(self, me, on_change=on_table_change)
+        self.provided = Provided()
+        self.hints = HintStore(clock)
+        self.swarms = SwarmStore(clock)
+        self.metadata = MetadataStore(clock, wall)
+        signatures = TokenBucket(SIGNATURES_PER_S, SIGNATURES_PER_S, clock())
+        self._handlers = Handlers(
+            identity, self.net_id, self.router, self.provided, self.hints, self.swarms, self.metadata, signatures, clock
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """Know no remote method by attribute: a misspelt name is an error, not a request."""
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    # --- sockets ---
+
+    def add_transport(self, family_size: int, transport: asyncio.DatagramTransport) -> None:
+        """Send to addresses of `family_size` packed bytes (4 or 16) through this transport."""
+        self._transports[family_size] = transport
+        self.transport = transport
+
+    def connection_made(self, transport: Any) -> None:
+        """Wait for `add_transport`."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Leave re-opening to the server."""
+
+    def error_received(self, exc: Exception) -> None:
+        """Count what the network said about a datagram of ours."""
+        self.counters["socket_errors"] += 1
+
+    def _send(self, datagram: bytes, address: Address) -> None:
+        packed = pack_address(address[0])
+        transport = self._transports.get(len(packed)) if packed is not None else None
+        if transport is None or transport.is_closing():
+            self.counters["unsendable"] += 1
+            return
+        if self._network is not None:
+            datagram = self._network.seal(datagram)
+        self.counters["datagrams_out"] += 1
+        self.counters["bytes_out"] += len(datagram)
+        try:
+            transport.sendto(datagram, address)
+        except (OSError, ValueError, TypeError, OverflowError):
+            self.counters["socket_errors"] += 1
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        """Take one datagram from anybody. Cost: one MAC if there is a key, one decode, one handler."""  # hot
+        counters = self.counters
+        counters["datagrams_in"] += 1
+        counters["bytes_in"] += len(data)
+        if len(data) > DATAGRAM_MAX:
+            counters["drop_size"] += 1
+            return
+        if self._network is not None:
+            opened = self._network.open(data)
+            if opened is None:
+                counters["drop_mac"] += 1
+                return
+            data = opened
+        if len(data) < DATAGRAM_MIN:
+            counters["drop_size"] += 1
+            return
+        ip, port = addr[0], addr[1]
+        if not port or "%" in ip:
+            counters["drop_source"] += 1
+        elif data[0] == REPLY:
+            self._take_reply(data, (ip, port))
+        elif data[0] != REQUEST:
+            counters["drop_kind"] += 1
+        elif self.is_read_only:
+            counters["drop_read_only"] += 1
+        elif not self._buckets.admit(ip, port):
+            counters["drop_rate"] += 1
+        else:
+            self._take_request(data, ip, port)
+
+    # --- requests from others ---
+
+    def _take_request(self, data: bytes, ip: str, port: int) -> None:
+        body = decode(data)
+        if (
+            body is None
+            or len(body) != 2
+            or not isinstance(body[0], str)
+            or not isinstance(body[1], list)
+            or not check(body[1], _REQUEST_HEAD)
+            or body[1][0] != WIRE_VERSION
+        ):
+            self.counters["drop_malformed"] += 1
+            return
+        name, (_, flags, node_id, token, *args) = body
+        contact = parse_contact(node_id, pack_address(ip) or b"", port, giver_ip=ip, own_id=self.identity.node_id)
+        if contact is None:
+            self.counters["drop_source"] += 1
+            return
+        is_proven = self._tokens.holds(token, ip, port, node_id)
+        if is_proven:
+            self._buckets.prove(ip, port)
+        room = self._datagram_max if is_proven else min(AMPLIFICATION_MAX * len(data), self._datagram_max)
+        is_read_only = bool(flags & FLAG_READ_ONLY)
+        asker = Asker(ip, port, node_id, is_read_only, is_proven, room)
+        answer = self._handlers.handle(name, asker, args)
+        if answer is None:
+            self.counters["drop_malformed"] += 1
+            return
+        status, elements = answer
+        head = [status, pack_observed(ip, port), self._tokens.token(ip, port, node_id)]
+        reply = encode(REPLY, data[1:21], head + elements)
+        if len(reply) > room:
+            self.counters["drop_room"] += 1
+            return
+        self.counters["answered"] += 1
+        self._send(reply, (ip, port))
+        if is_proven and not is_read_only:
+            known = self.router.get(node_id)
+            if known is not None and known.address == contact.address:
+                self.router.note_answer(known, self._clock())
+            else:
+                self.consider(contact)
+
+    # --- requests of ours ---
+
+    def request(
+        self,
+        address: Address,
+        name: str,
+        args: list[Any],
+        *,
+        contact: Contact | None = None,
+        hard_s: float = RPC_HARD_S,
+        on_slow: Callable[[], None] | None = None,
+    ) -> asyncio.Future[Reply | None]:
+        """Send a request; the future gets the reply, or None. Never raises.
+
+        The same datagram is sent again after the address's retransmission time, `on_slow` is called then, once;
+        after `hard_s` seconds the answer is None. `contact` gets the credit or the blame.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Reply | None] = loop.create_future()
+        if len(self._pending) >= OUTSTANDING_MAX:
+            self.counters["drop_outstanding"] += 1
+            future.set_result(None)
+            return future
+        now = self._clock()
+        path = self._path(address)
+        token = path.token if path.token_until > now else b""
+        flags = FLAG_READ_ONLY if self.is_read_only else 0
+        message_id = secrets.token_bytes(20)
+        call = [WIRE_VERSION, flags, self.identity.node_id, token, *args]
+        datagram = encode(REQUEST, message_id, [name, call])
+        if not token and name in PADDED and len(datagram) < PAD_TO:
+            datagram = encode(REQUEST, message_id, [name, [*call, bytes(PAD_TO - len(datagram))]])
+        rto_s = min(path.rto_s, hard_s)
+        pending = _Pending(address, contact, datagram, future, now, now + hard_s, rto_s, None, on_slow)
+        pending.timer = loop.call_later(rto_s, self._tick, message_id)
+        self._pending[message_id] = pending
+        future.add_done_callback(lambda _: self._forget(message_id))
+        self.counters["requests"] += 1
+        self.counters["rpc_" + name] += 1
+        self._send(datagram, address)
+        return future
+
+    def ask(self, contact: Contact, name: str, args: list[Any], **options: Any) -> asyncio.Future[Reply | None]:
+        """`request` to a contact, which gets the credit or the blame."""
+        return self.request(contact.address, name, args, contact=contact, **options)
+
+    async def write(self, contact: Contact, name: str, args: list[Any], *, hard_s: float) -> Reply | None:
+        """Ask with a token; without one, or with a stale one, a second try uses the one in the first answer."""
+        if not self.has_token(contact.address):
+            await self.ask(contact, "fn", [self.identity.node_id, 1], hard_s=hard_s)
+        for _ in range(2):
+            reply = await self.ask(contact, name, args, hard_s=hard_s)
+            if reply is None or reply.status != BAD_TOKEN:
+                return reply
+        return None
+
+    def has_token(self, address: Address) -> bool:
+        """Whether we hold a fresh token of an address."""
+        path = self._paths.get(address)
+        return path is not None and path.token_until > self._clock()
+
+    def _forget(self, message_id: bytes) -> None:
+        pending = self._pending.pop(message_id, None)
+        if pending is not None and pending.timer is not None:
+            pending.timer.cancel()
+
+    def _tick(self, message_id: bytes) -> None:
+        pending = self._pending.get(message_id)
+        if pending is None:
+            return
+        now = self._clock()
+        on_slow, pending.on_slow = pending.on_slow, None
+        if now >= pending.hard_at - 1e-6:
+            self.counters["timeouts"] += 1
+            self._forget(message_id)
+            if pending.contact is not None:
+                self.router.note_failure(pending.contact)
+            if not pending.future.done():
+                pending.future.set_result(None)
+        else:
+            pending.n_sent += 1
+            pending.rto_s = min(2.0 * pending.rto_s, max(pending.hard_at - now, 0.001))
+            if pending.hard_at - now - pending.rto_s < RTO_MIN_S / 2:
+                pending.rto_s = pending.hard_at - now
+            pending.timer = asyncio.get_running_loop().call_later(pending.rto_s, self._tick, message_id)
+            self.counters["retransmits"] += 1
+            self._send(pending.datagram, pending.address)
+        if on_slow is not None:
+            on_slow()
+
+    def _take_reply(self, data: bytes, address: Address) -> None:
+        message_id = bytes(data[1:21])
+        pending = self._pending.get(message_id)
+        if pending is None or pending.address != address:
+            self.counters["drop_unasked"] += 1
+            return
+        body = decode(data)
+        if body is None or not check(body, _REPLY_HEAD):
+            self.counters["drop_malformed"] += 1
+            return
+        self._forget(message_id)
+        now = self._clock()
+        path = self._path(address)
+        if pending.n_sent == 1:
+            path.sample(max(now - pending.sent_at, 1e-6))
+        status, observed, token, *elements = body
+        if len(token) == 8:
+            path.token = token
+            path.token_until = now + 0.9 * TOKEN_ROTATE_S
+        if pending.contact is not None:
+            self.router.note_answer(pending.contact, now)
+            self.consider(pending.contact)
+        if not pending.future.done():
+            pending.future.set_result(Reply(status, observed, elements))
+
+    def _path(self, address: Address) -> _Path:
+        path = self._paths.get(address)
+        if path is None:
+            path = self._paths[address] = _Path()
+            if len(self._paths) > SOURCES_MAX:
+                self._paths.popitem(last=False)
+        else:
+            self._paths.move_to_end(address)
+        return path
+
+    def cancel_all(self) -> None:
+        """Answer None to everything outstanding."""
+        for pending in list(self._pending.values()):
+            if not pending.future.done():
+                pending.future.set_result(None)
+        for message_id in list(self._pending):
+            self._forget(message_id)
+
+    # --- who may enter the table ---
+
+    def consider(self, contact: Contact) -> None:
+        """Challenge a contact that has proved its address, if the table has a place for it."""
+        if self.is_own(contact) or contact.address in self._challenging:
+            return
+        if not self.router.wants(contact):
+            self.router.add_contact(contact)
+            return
+        if len(self._challenging) >= CHALLENGES_IN_FLIGHT:
+            self.router.add_contact(contact)
+            return
+        failed_at = self._failed_challenges.get(contact.address)
+        if failed_at is not None and self._clock() - failed_at < CHALLENGE_PAUSE_S:
+            return
+        self._challenge(contact.address, contact.id)
+
+    def is_own(self, contact: Contact) -> bool:
+        """Whether a contact is this node."""
+        return contact.id == self.identity.node_id or contact.address in self.own_addresses
+
+    def _challenge(self, address: Address, node_id: bytes | None) -> asyncio.Future[Contact | None]:
+        """Ping with a nonce; the contact enters the table when it signs it. The future gets it, or None."""
+        result: asyncio.Future[Contact | None] = asyncio.get_running_loop().create_future()
+        nonce = secrets.token_bytes(16)
+        self._challenging.add(address)
+
+        def answered(future: asyncio.Future[Reply | None]) -> None:
+            self._challenging.discard(address)
+            reply = None if future.cancelled() else future.result()
+            contact = self._proven(address, nonce, reply)
+            if contact is None or (node_id is not None and contact.id != node_id):
+                self._failed_challenges[address] = self._clock()
+                if len(self._failed_challenges) > SOURCES_MAX:
+                    self._failed_challenges.popitem(last=False)
+                contact = None
+            else:
+                self._failed_challenges.pop(address, None)
+                if not self.is_own(contact):
+                    self.router.add_verified(contact, self._clock())
+            if not result.done():
+                result.set_result(contact)
+
+        self.request(address, "ping", [nonce]).add_done_callback(answered)
+        return result
+
+    async def ping(self, address: Address) -> Contact | None:
+        """Return who lives at an address, proven and entered into the table; None when nobody signs within 1 s.
+
+        A contact with our own id means that the address is ours; it is remembered as such and not entered.
+        """
+        contact = await self._challenge(address, None)
+        if contact is not None and contact.id == self.identity.node_id:
+            self.own_addresses.add(address)
+        return contact
+
+    def _proven(self, address: Address, nonce: bytes, reply: Reply | None) -> Contact | None:
+        if reply is None or reply.status != OK or not check(reply.elements, _PONG):
+            return None
+        node_id, public, signature = reply.elements[:3]
+        text = challenge_text(nonce, node_id, reply.observed, self.net_id)
+        if node_id != id_of(public) or not verify(public, signature, text):
+            return None
+        return Contact(node_id, *address)
+
+    # --- what the package's own code must not do ---
+
+    def welcome_if_new(self, node: Contact) -> None:
+        """Remember a contact as a candidate; never hand records over on first sight."""
+        self.router.add_contact(node)
+
+    def handle_call_response(self, result: Any, node: Contact) -> Any:
+        """Credit or blame a contact; one lost answer removes nobody."""
+        if result is None:
+            self.router.note_failure(node)
+        else:
+            self.router.note_answer(node, self._clock())
+        return result
+
+    def get_refresh_ids(self) -> list[bytes]:
+        """Return a random id in the range of each bucket without contacts."""
+        ids = []
+        for bucket in self.router.lonely_buckets():
+            low, high = bucket.range
+            ids.append((low + secrets.randbelow(high - low + 1)).to_bytes(20))
+        return ids
