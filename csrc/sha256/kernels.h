@@ -11,8 +11,8 @@
 #define FCAS_SHA256_HAVE_SHANI 0
 #endif
 
-extern const uint32_t fcas_sha256_k[64];  /* round constants, FIPS 180-4 section 4.2.2; 64-byte aligned */
-extern const uint32_t fcas_sha256_iv[8];  /* initial value, FIPS 180-4 section 5.3.3 */
+extern const uint32_t fcas_sha256_k[64]; /* FIPS 180-4 section 4.2.2; aligned to 64 bytes */
+extern const uint32_t fcas_sha256_iv[8]; /* FIPS 180-4 section 5.3.3 */
 
 extern const fcas_sha256_kernel fcas_sha256_generic;
 #if FCAS_SHA256_HAVE_SHANI

@@ -101,8 +101,8 @@ fcas_status fcas_sha256_midstate(const fcas_sha256 *s, uint8_t out[32])
     return FCAS_OK;
 }
 
-/* Write the message's last block or two into tail: its last n < 64 bytes, 0x80, zeros, the length in
- * bits. Returns the number of blocks. */
+/* Write the message's last block or two into tail: its last n < 64 bytes, 0x80, zeros and the length
+ * in bits. Returns the number of blocks. */
 static size_t pad(uint8_t tail[2 * FCAS_SHA256_BLOCK], const uint8_t *p, size_t n, uint64_t length)
 {
     size_t nblocks = n + 9 <= FCAS_SHA256_BLOCK ? 1 : 2;

@@ -1,9 +1,9 @@
 /* SHA-256 with the SHA extensions, one stream or two interleaved.
  *
- * sha256rnds2 does two rounds with a latency of four cycles, and each depends on the one before: one
- * stream leaves the unit idle half of the time. A second, independent stream fills the gaps; three and
- * four spill registers and are slower. Where both streams read the same bytes (a chunk's digest and
- * the content's chaining value), the message schedule is computed once. */
+ * sha256rnds2 does two rounds, and each depends on the one before: one stream leaves the unit idle
+ * half of the time. A second, independent stream fills the gaps; three and four spill registers and
+ * are slower. Where both streams read the same bytes (a chunk's digest and the content's chaining
+ * value), the message schedule is computed once. */
 #include "sha256/kernels.h"
 
 #if FCAS_SHA256_HAVE_SHANI
@@ -146,7 +146,8 @@ static void compress2_in_turn(uint32_t state_a[8], const uint8_t *a, uint32_t st
 }
 
 const fcas_sha256_kernel fcas_sha256_shani = {"shani", NEEDS, compress, compress2_in_turn};
-const fcas_sha256_kernel fcas_sha256_shani_x2 = {"shani_x2", NEEDS, compress, compress2_interleaved};
+const fcas_sha256_kernel fcas_sha256_shani_x2 = {"shani_x2", NEEDS, compress,
+                                                       compress2_interleaved};
 #else
 /* ISO C forbids an empty translation unit. */
 typedef int fcas_sha256_shani_not_built;

@@ -1,0 +1,35 @@
+/* One pass over a file: the digest of each chunk, the content's chaining value after it, and the digest
+ * of the whole.
+ *
+ * Each byte goes into two hashes at once (fcas_sha256_update2): the present chunk's, which starts anew at
+ * each chunk, and the content's. Chunk sizes are multiples of 64, so both always stand at the same place in
+ * a block. The caller owns all memory and asks fcas_chunks_completed_by() how much an update will write. */
+#ifndef FCAS_CHUNKS_H
+#define FCAS_CHUNKS_H
+
+#include "sha256/sha256.h"
+
+typedef struct {
+    fcas_sha256 chunk;
+    fcas_sha256 content;
+    size_t chunk_size; /* a multiple of 64, > 0 */
+    size_t filled;     /* bytes in the present chunk, 0..chunk_size-1 */
+} fcas_chunks;
+
+/* Begin a file. kernel may be NULL: the default one. FCAS_E_ARG (and *c unchanged) unless chunk_size is a
+ * positive multiple of 64. */
+fcas_status fcas_chunks_init(fcas_chunks *c, const fcas_sha256_kernel *kernel, size_t chunk_size);
+
+/* How many chunks the next n bytes complete. */
+size_t fcas_chunks_completed_by(const fcas_chunks *c, size_t n);
+
+/* Feed n >= 0 bytes of any alignment. For each chunk that they complete, 32 bytes of its digest go to
+ * hashes and 32 bytes of the content's chaining value after it to midstates. Returns the number of chunks
+ * completed, fcas_chunks_completed_by(c, n). Never allocates, never fails. */
+size_t fcas_chunks_update(fcas_chunks *c, const uint8_t *p, size_t n, uint8_t *hashes, uint8_t *midstates);
+
+/* End the file: its digest goes to content_hash and, when a last chunk is begun but not full, that one's to
+ * last_hash. Returns the number of such chunks, 0 or 1. *c must be initialised again before further use. */
+size_t fcas_chunks_finish(fcas_chunks *c, uint8_t last_hash[32], uint8_t content_hash[32]);
+
+#endif
