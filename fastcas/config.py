@@ -1,0 +1,138 @@
+"""The settings of a node, once: name, type, default, environment variable and help of every field.
+
+The flags of `fastcas-node` and the keyword arguments of the library come from here. Precedence: flag, then
+`FASTCAS_<FIELD>`, then the default. Owns no file; reads the environment only where a caller passes it in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from fastcas.errors import ConfigError
+from fastcas.ids import PeerAddr, parse_peer
+from fastcas.limits import DATA_PORT, DHT_PORT, WORKERS_MAX
+
+__all__ = ["SEND_PATHS", "NodeConfig", "default_storage", "storage_root"]
+
+SEND_PATHS = ("auto", "sendfile", "copy")
+
+
+def _setting(default: Any, help_text: str, metavar: str, kind: str = "text") -> Any:
+    metadata = {"help": help_text, "metavar": metavar, "kind": kind}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def default_workers() -> int:
+    """Return one worker per core that this process may use."""
+    return min(len(os.sched_getaffinity(0)), WORKERS_MAX)
+
+
+def default_storage(environment: Mapping[str, str] | None = None) -> Path:
+    """Return the storage folder to use where none is named: `$FASTCAS_STORAGE`, else `./storage`."""
+    values = os.environ if environment is None else environment
+    return Path(values.get("FASTCAS_STORAGE") or "storage")
+
+
+def storage_root(path: str | os.PathLike[str]) -> Path:
+    """Return the storage folder's root, absolute; `path` may name its `hashed_files` folder instead."""
+    root = Path(path).expanduser().absolute()
+    return root.parent if root.name == "hashed_files" else root
+
+
+@dataclass
+class NodeConfig:
+    """Everything that one node is told at its start. `check()` says what cannot work.
+
+    Attributes are described by their metadata ("help"); kinds: text, count, port, path, flag, rate, peers, choice.
+    `dht_port_required` is derived: a port that the user named must be had, the default one may be replaced.
+    """
+
+    workers: int = _setting(-1, "worker processes; the default is one per core", "N", "count")
+    host: str = _setting("0.0.0.0", "address to serve on", "ADDR")
+    port: int = _setting(DATA_PORT, "TCP port to serve on; 0 takes a free one", "PORT", "port")
+    dht_port: int = _setting(DHT_PORT, "UDP port of the DHT; 0 takes a free one", "PORT", "port")
+    storage_dir: str = _setting("", "storage folder; the default is $FASTCAS_STORAGE, else ./storage", "DIR", "path")
+    node_id: str = _setting("", "a name for people, shown in the ready line and status", "ID")
+    bootstrap: list[str] = _setting([], "a DHT node to join through (repeatable)", "HOST:PORT", "peers")
+    peer: list[str] = _setting([], "a node to ask for every file, without discovery (repeatable)", "HOST:PORT", "peers")
+    no_dht: bool = _setting(False, "run without discovery", "", "flag")
+    admin_port: int = _setting(0, "HTTP status and metrics on 127.0.0.1 at this TCP port; 0 = off", "PORT", "port")
+    max_upload: str = _setting("", "limit of all uploads together, bytes per second", "RATE", "rate")
+    send_path: str = _setting("auto", "how chunks are sent", "|".join(SEND_PATHS), "choice")
+    dht_port_required: bool = False
+
+    def check(self) -> NodeConfig:
+        """Fill in what depends on the machine and return self.
+
+        Raises:
+            ConfigError: A value outside its range; the message names the setting.
+            UsageError: A malformed address or rate; the message names the setting.
+        """
+        from fastcas.ids import parse_rate
+
+        if self.workers < 0:
+            self.workers = default_workers()
+        if self.workers > WORKERS_MAX:
+            raise ConfigError(f"--workers: expected 0..{WORKERS_MAX}, got {self.workers}")
+        for name in ("port", "dht_port", "admin_port"):
+            value = getattr(self, name)
+            if not 0 <= value <= 65535:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected 0..65535, got {value}")
+        if self.send_path not in SEND_PATHS:
+            raise ConfigError(f"--send-path: expected {', '.join(SEND_PATHS)}, got {self.send_path!r}")
+        if not self.host or len(self.host) > 255:
+            raise ConfigError(f"--host: expected an address, got {self.host!r}")
+        if len(self.node_id) > 64 or not all(c.isprintable() and not c.isspace() for c in self.node_id):
+            raise ConfigError("--node-id: expected at most 64 printable characters without spaces")
+        if self.max_upload:
+            parse_rate(self.max_upload, "--max-upload")
+        self.bootstrap_peers()
+        self.static_peers()
+        self.storage_dir = str(storage_root(self.storage_dir or default_storage()))
+        return self
+
+    @property
+    def root(self) -> Path:
+        """The storage folder, absolute once `check()` ran."""
+        return Path(self.storage_dir)
+
+    def max_upload_rate(self) -> int | None:
+        """Return the upload limit in bytes per second, None = unlimited."""
+        from fastcas.ids import parse_rate
+
+        return parse_rate(self.max_upload, "--max-upload") if self.max_upload else None
+
+    def bootstrap_peers(self) -> list[PeerAddr]:
+        """Return the DHT nodes to join through."""
+        return [parse_peer(text, "--bootstrap") for text in self.bootstrap]
+
+    def static_peers(self) -> list[PeerAddr]:
+        """Return the nodes to ask for every file."""
+        return [parse_peer(text, "--peer") for text in self.peer]
+
+    def to_json(self) -> str:
+        """Return all settings as one JSON object, for a child process's command line."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> NodeConfig:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ConfigError: Not such an object.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as exc:
+            raise ConfigError("--config: not JSON") from exc
+        known = {item.name for item in fields(cls)}
+        if not isinstance(values, dict) or not set(values) <= known:
+            raise ConfigError("--config: expected an object of known settings")
+        return cls(**values)

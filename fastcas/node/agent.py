@@ -1,0 +1,390 @@
+"""The agent: owns the store, writes the chunk table, answers `node.sock`, runs downloads, announces.
+
+`python -m fastcas.node.agent --channel FD`. Life cycle only; the work is in publisher, downloads, operations,
+swarmbook, announcer and control. May die at any time: workers go on with the table they have, the supervisor starts
+another agent, which rebuilds the table from the catalog. Ends at once when the channel does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from fastcas.config import NodeConfig
+from fastcas.errors import FastCASError, LocalProtocolError
+from fastcas.ids import PeerAddr
+from fastcas.limits import HEARTBEAT_S
+from fastcas.node import wire
+from fastcas.node.admin import AdminServer
+from fastcas.node.announcer import Announcement, Announcer
+from fastcas.node.control import ControlServer
+from fastcas.node.downloads import Downloads
+from fastcas.node.listeners import reachable_host
+from fastcas.node.logs import set_up_logging
+from fastcas.node.operations import Operations
+from fastcas.node.publisher import Publisher
+from fastcas.node.requests import RequestHandler
+from fastcas.node.snapshots import keys_snapshot, swarm_snapshot
+from fastcas.node.store_thread import StoreThread
+from fastcas.node.swarmbook import SwarmBook
+from fastcas.peers.discovery import CompositeDiscovery, Discovery, StaticDiscovery
+from fastcas.peers.ring_discovery import RingDiscovery
+from fastcas.store import Store
+from fastcas.table import Channel, Counters, Ring
+
+__all__ = ["Agent"]
+
+log = logging.getLogger(__name__)
+
+Message = dict[str, Any]
+KEYS_DELAY_S = 0.5  # chunk keys that come within this time go into one snapshot
+STOP_S = 8.0
+
+
+class Agent:
+    """One agent process. Everything in the loop's thread but the store, which has its own."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._rings: dict[int, Ring] = {}
+        self._pending: dict[int, asyncio.Future[Message]] = {}
+        self._early: list[tuple[Message, list[int]]] = []
+        self._stack = contextlib.AsyncExitStack()
+        self._is_ready = False
+        self._dht: RingDiscovery | None = None
+        self._snapshot_running = False
+        self.config = NodeConfig()
+        self.label = ""
+        self.node_id = ""
+        self.has_dht = False
+        self.state: Message = {"workers": [], "host": "0.0.0.0", "port": 0, "dht_port": None, "dht_pid": None}
+        self.started_at = time.time()
+
+    # ---- life cycle ----
+
+    async def run(self) -> int:
+        """Serve the channel until it ends or a stop message comes; return the exit status."""
+        self._channel.attach_to(self._loop, self._on_message, self._on_eof)
+        try:
+            await self._ended.wait()
+            return self._status
+        finally:
+            for timer in self._timers.values():
+                timer.cancel()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            try:
+                async with asyncio.timeout(STOP_S):
+                    await self._stack.aclose()
+            except TimeoutError:
+                log.warning("stopping took too long, left the rest to the kernel")
+
+    _status = 0
+    _channel_is_gone = False
+
+    def _end(self, status: int = 0) -> None:
+        self._status = status
+        self._ended.set()
+
+    def _on_eof(self) -> None:
+        # Nobody is there to restart the others: be gone well within 2 s. What is on disk is consistent at any time.
+        self._channel_is_gone = True
+        os._exit(0)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _on_message(self, message: Message, fds: list[int]) -> None:
+        op = message.get("op")
+        if op == "start":
+            self._spawn(self._start(message, fds))
+        elif not self._is_ready:
+            self._early.append((message, fds))
+        else:
+            self._dispatch(message, fds)
+
+    def _dispatch(self, message: Message, fds: list[int]) -> None:
+        match message:
+            case {"op": "worker", "index": int(index)} if len(fds) == 2:
+                self._add_worker(index, fds)
+            case {"op": "worker_gone", "index": int(index)}:
+                self._remove_worker(index)
+            case {"op": "dht"} if len(fds) == 4:
+                self._set_dht(fds)
+            case {"op": "state"}:
+                self.state = message
+            case {"op": "reply", "id": int(number)}:
+                future = self._pending.pop(number, None)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            case {"op": "stop"}:
+                self._end()
+            case _:
+                log.error("unknown message from the supervisor op=%r", message.get("op"))
+                for fd in fds:
+                    os.close(fd)
+
+    async def _start(self, message: Message, fds: list[int]) -> None:
+        try:
+            await self._start_parts(message, fds)
+        except FastCASError as error:
+            self._channel.send({"op": "failed", **wire.error_to_map(error)})
+            self._end(error.exit_code)
+        except OSError as error:
+            log.exception("agent cannot start")
+            self._channel.send({"op": "failed", **wire.error_to_map(FastCASError(f"agent: {error}"))})
+            self._end(1)
+
+    async def _start_parts(self, message: Message, fds: list[int]) -> None:
+        from fastcas.dht.identity import Identity
+
+        lock_fd, counters_fd = fds
+        self.config = wire.config_from_map(message["config"])
+        self.config.storage_dir = message["storage"]
+        self.label = message["label"]
+        self.has_dht = message["dht"]
+        self.state |= {"host": message["host"], "port": message["port"]}
+        self.slot = int(message["slot"])
+        root = Path(message["storage"])
+
+        self.counters = Counters.attach(counters_fd)
+        os.close(counters_fd)
+        self._stack.callback(self.counters.close)
+        self._beat()
+        self.thread = StoreThread()
+        self._stack.callback(self.thread.close)
+        try:
+            self.store = await self.thread.run(Store.open, root, create=True, lock_fd=lock_fd)
+        finally:
+            os.close(lock_fd)
+        self._stack.push_async_callback(self.thread.run, self.store.close)
+        seed = await self.thread.run(self.store.identity)
+        self.node_id = Identity(seed).node_id.hex()
+        self._channel.send({"op": "identity", "seed": seed, "node_id": self.node_id})
+
+        self.publisher = Publisher(self._loop, self.publish, self.counters)
+        self._stack.callback(self.publisher.close)
+        self.publisher.on_keys_changed = self._on_keys_changed
+        self.store.listener = self.publisher
+        await self.thread.run(self.store.load, self.publisher)
+
+        self.announcer = Announcer(lambda: self._dht)
+        self.announcer.start()
+        self.swarmbook = SwarmBook(self.node_id, self._publish_swarm)
+        self.swarmbook.start()
+        self._static = StaticDiscovery(self.config.static_peers())
+        self.downloads = Downloads(
+            store=self.store, thread=self.thread, publisher=self.publisher, publish=self.publish,
+            announcer=self.announcer, swarmbook=self.swarmbook, node_id=self.node_id, data_port=self.data_port,
+            discovery=self.discovery,
+        )  # fmt: skip
+        handler = RequestHandler(self)
+        self.operations = Operations(
+            self.store, barrier=self.publisher.barrier, advertised=self.advertised, fetch_chunk=handler.fetch_chunk
+        )
+        self._stack.push_async_callback(self._close_dht)
+        self._stack.push_async_callback(self.announcer.close)
+        self._stack.push_async_callback(self.swarmbook.close)
+        if self.config.admin_port:
+            admin = AdminServer(self.config.admin_port, handler.status)
+            await admin.start()
+            self._stack.push_async_callback(admin.close)
+        control = ControlServer(root, handler.handle)
+        control.start()
+        self._stack.push_async_callback(control.close)
+
+        self._is_ready = True
+        for early, early_fds in self._early:
+            self._dispatch(early, early_fds)
+        self._early.clear()
+        self.publisher.publish_loaded()
+        self._on_keys_changed()
+        stats = await self.thread.run(self.store.stats)
+        self._channel.send({"op": "ready", "chunks": stats["chunks"]})
+        log.info("agent ready node=%s chunks=%d", self.node_id, stats["chunks"])
+
+    def _beat(self) -> None:
+        self.counters.set(self.slot, "heartbeat_ns", time.monotonic_ns())
+        self._timers["beat"] = self._loop.call_later(HEARTBEAT_S, self._beat)
+
+    # ---- what others use ----
+
+    def data_port(self) -> int | None:
+        """Our TCP port, None while nothing is served."""
+        return self.state["port"] or None
+
+    def advertised(self) -> tuple[PeerAddr, ...]:
+        """The addresses to put into links: ours, if it is more than a wildcard."""
+        host, port = reachable_host(self.state["host"]), self.data_port()
+        return (PeerAddr(host, port),) if host is not None and port else ()
+
+    def discovery(self) -> Discovery:
+        """Where to ask for peers: the DHT, if there is one, and the nodes that were named."""
+        backends: list[Discovery] = [self._static]
+        if self._dht is not None:
+            backends.append(self._dht)
+        return CompositeDiscovery(backends)
+
+    @property
+    def dht(self) -> RingDiscovery | None:
+        """The DHT process, None while there is none."""
+        return self._dht
+
+    def publish(self, to: str, key: str, message: Message | None, fds: list[int], forward: Message | None = None) -> None:
+        """Have the supervisor send and remember a message; takes the fds over."""
+        try:
+            self._channel.send({"op": "publish", "to": to, "key": key, "message": message, "forward": forward}, fds)
+        except (OSError, LocalProtocolError) as error:
+            log.error("publishing failed key=%s error=%s", key, error)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    async def ask_supervisor(self, request: Message) -> Message:
+        """Send a request and return the reply.
+
+        Raises:
+            FastCASError: What the supervisor answered.
+        """
+        number = len(self._pending) + time.monotonic_ns()
+        future: asyncio.Future[Message] = self._loop.create_future()
+        self._pending[number] = future
+        try:
+            self._channel.send({**request, "id": number})
+            reply = await future
+        finally:
+            self._pending.pop(number, None)
+        if not reply["ok"]:
+            raise wire.error_from_map(reply)
+        return reply
+
+    def ask_stop(self) -> None:
+        """Have the whole node stop."""
+        self._channel.send({"op": "stop"})
+
+    async def announce_everything(self) -> None:
+        """Tell a new DHT process what is here."""
+        rows = await self.thread.run(self.store.files)
+        self.announcer.announce(
+            [Announcement(row.file_hash, row.manifest_hash, row.name, row.size) for row in rows if row.is_complete]
+        )
+
+    # ---- workers ----
+
+    def _add_worker(self, index: int, fds: list[int]) -> None:
+        self._remove_worker(index)
+        ring = Ring.attach(*fds)
+        for fd in fds:
+            os.close(fd)
+        self._rings[index] = ring
+        self._loop.add_reader(ring.eventfd, self._on_events, ring)
+        self.publisher.set_workers(frozenset(self._rings))
+
+    def _remove_worker(self, index: int) -> None:
+        ring = self._rings.pop(index, None)
+        if ring is not None:
+            self._loop.remove_reader(ring.eventfd)
+            ring.close()
+            self.publisher.set_workers(frozenset(self._rings))
+
+    def _on_events(self, ring: Ring) -> None:
+        try:
+            messages = ring.drain()
+        except LocalProtocolError as error:
+            log.error("a worker's ring is damaged, no more events from it error=%s", error)
+            self._loop.remove_reader(ring.eventfd)
+            return
+        for data in messages:
+            try:
+                event = msgpack.unpackb(data)
+            except ValueError:
+                continue
+            match event:
+                case {"op": "peer"}:
+                    self.swarmbook.on_peer(event)
+                case {"op": "withdraw", "blob": int(number)}:
+                    self._spawn(self._withdraw(number, str(event.get("reason", ""))))
+
+    async def _withdraw(self, table_number: int, reason: str) -> None:
+        number = self.publisher.store_blob_of(table_number)
+        if number is not None:
+            log.warning("blob withdrawn blob=%d reason=%s", number, reason)
+            await self.thread.run(self.store.withdraw_blob, number, reason)
+
+    # ---- snapshots ----
+
+    def _publish_swarm(self, files: dict[bytes, dict[str, Any]]) -> None:
+        self.publish("workers", "swarm", {"op": "swarm"}, [swarm_snapshot(files)])
+
+    def _on_keys_changed(self) -> None:
+        if self.has_dht and "keys" not in self._timers and self._is_ready:
+            self._timers["keys"] = self._loop.call_later(KEYS_DELAY_S, self._begin_keys)
+
+    def _begin_keys(self) -> None:
+        del self._timers["keys"]
+        if self._snapshot_running:
+            self._on_keys_changed()
+        else:
+            self._spawn(self._publish_keys())
+
+    async def _publish_keys(self) -> None:
+        self._snapshot_running = True
+        try:
+            fd, count = await self.thread.run(lambda: keys_snapshot(self.store.chunk_hashes()))
+            self.publish("dht", "keys", {"op": "keys"}, [fd])
+            log.info("published chunk keys chunks=%d", count)
+        finally:
+            self._snapshot_running = False
+
+    # ---- the DHT process ----
+
+    def _set_dht(self, fds: list[int]) -> None:
+        requests, answers = Ring.attach(*fds[:2]), Ring.attach(*fds[2:])
+        for fd in fds:
+            os.close(fd)
+        if self._dht is None:
+            answers.drain()  # what an agent before this one had asked
+            self._dht = RingDiscovery(requests, answers)
+        else:
+            self._dht.replace_rings(requests, answers)
+        self._spawn(self.announce_everything())
+
+    async def _close_dht(self) -> None:
+        if self._dht is not None:
+            await self._dht.close()
+
+
+async def _main(fd: int) -> int:
+    return await Agent(Channel.from_fd(fd)).run()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `python -m fastcas.node.agent`."""
+    import uvloop
+
+    parser = argparse.ArgumentParser(prog="fastcas.node.agent")
+    parser.add_argument("--channel", type=int, required=True)
+    options = parser.parse_args(arguments)
+    set_up_logging()
+    return int(uvloop.run(_main(options.channel)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

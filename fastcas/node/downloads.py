@@ -1,0 +1,175 @@
+"""Downloads of a node: fetched, seeded while they run, and seeded in place when they are finished.
+
+One `Downloads` per agent, in the loop's thread. A download belongs to the request that asked for it: when its
+caller goes away it is cancelled, and the part file with its journal stays for the next attempt.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastcas.errors import FastCASError
+from fastcas.fetch import DownloadResult, Progress, download
+from fastcas.ids import Link, PeerAddr, short
+from fastcas.metadata import Manifest
+from fastcas.node.announcer import WHOLE, Announcement, Announcer
+from fastcas.node.local_chunks import TableChunks
+from fastcas.node.publisher import Publish, Publisher
+from fastcas.node.seeding import Seeding
+from fastcas.node.store_thread import StoreThread
+from fastcas.node.swarmbook import SwarmBook
+from fastcas.peers.discovery import Discovery
+from fastcas.store import Store
+
+__all__ = ["Downloads", "Running", "result_to_map"]
+
+log = logging.getLogger(__name__)
+
+PROGRESS_S = 0.1
+
+
+@dataclass
+class Running:
+    """A download in progress, for `status`."""
+
+    file_hash: bytes
+    name: str
+    started_at: float
+    done: int = 0
+    total: int = 0
+    rate_Bps: float = 0.0
+    peers: int = 0
+    waiting_on: str = ""
+    reported_at: float = field(default=0.0, repr=False)
+
+    def to_map(self) -> dict[str, Any]:
+        """Return it as `status` shows it."""
+        return {
+            "file_hash": self.file_hash.hex(), "name": self.name, "done": self.done, "total": self.total,
+            "rate_Bps": int(self.rate_Bps), "peers": self.peers, "waiting_on": self.waiting_on,
+        }  # fmt: skip
+
+
+def result_to_map(result: DownloadResult) -> dict[str, Any]:
+    """Return a finished download as people and scripts see it."""
+    return {
+        "path": str(result.path),
+        "file_hash": result.file_hash.hex(),
+        "manifest_hash": result.manifest.manifest_hash.hex(),
+        "size": result.size,
+        "seconds": round(result.seconds, 3),
+        "bytes_by_peer": {str(peer): count for peer, count in result.bytes_by_peer.items()},
+        "resumed_bytes": result.resumed_bytes,
+        "local_bytes": result.local_bytes,
+        "banned": {str(peer): reason for peer, reason in result.banned.items()},
+    }
+
+
+class Downloads:
+    """Runs downloads for the agent.
+
+    Args:
+        store, thread, publisher, publish, announcer, swarmbook: The agent's parts.
+        node_id: Ours, 40 hex digits.
+        data_port: Returns our TCP port, None while nothing is served.
+        discovery: Returns where to ask for peers.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        thread: StoreThread,
+        publisher: Publisher,
+        publish: Publish,
+        announcer: Announcer,
+        swarmbook: SwarmBook,
+        node_id: str,
+        data_port: Callable[[], int | None],
+        discovery: Callable[[], Discovery],
+    ) -> None:
+        self._store = store
+        self._thread = thread
+        self._publisher = publisher
+        self._publish = publish
+        self._announcer = announcer
+        self._swarmbook = swarmbook
+        self._node_id = node_id
+        self._data_port = data_port
+        self._discovery = discovery
+        self._numbers = itertools.count(1)
+        self._running: dict[int, Running] = {}
+
+    def running(self) -> list[dict[str, Any]]:
+        """Return the downloads in progress."""
+        return [entry.to_map() for entry in self._running.values()]
+
+    async def get(
+        self,
+        link: Link,
+        out: Path,
+        *,
+        peers: list[PeerAddr],
+        timeout_s: float,
+        raw: bool = False,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Fetch a file or collection to `out`, and seed it there.
+
+        Returns:
+            `result_to_map` of the download.
+        Raises:
+            FastCASError: As `fastcas.fetch.download`; the part file is kept where it can be resumed.
+        """
+        running = Running(link.file_hash, link.name or out.name, time.monotonic())
+        number = next(self._numbers)
+        self._running[number] = running
+        local = TableChunks(self._publisher)
+        seeding = Seeding(self._publisher, self._publish, self._on_first_manifest)
+
+        def progress(now: Progress) -> None:
+            running.done, running.total, running.rate_Bps = now.bytes_done, now.bytes_total, now.rate_Bps
+            running.peers, running.waiting_on = now.peers, str(now.waiting_on or "")
+            moment = time.monotonic()
+            if on_progress is not None and moment - running.reported_at >= PROGRESS_S:
+                running.reported_at = moment
+                on_progress(running.to_map())
+
+        try:
+            result = await download(
+                link, out, discovery=self._discovery(), peers=[*peers, *link.peers], local=local,
+                node_id=self._node_id, data_port=self._data_port(), timeout_s=timeout_s, hooks=seeding,
+                progress=progress, raw=raw,
+            )  # fmt: skip
+            for path, manifest, is_proven in seeding.finished:
+                await self._register(path, manifest, link.name or path.name, is_proven=is_proven)
+        finally:
+            seeding.close()
+            local.close()
+            self._running.pop(number, None)
+        log.info(
+            "fetched file=%s size=%d seconds=%.2f peers=%d", short(link.file_hash), result.size, result.seconds,
+            len(result.bytes_by_peer),
+        )  # fmt: skip
+        return result_to_map(result)
+
+    def _on_first_manifest(self, manifest: Manifest) -> None:
+        if self._data_port() is not None:
+            self._announcer.announce([Announcement(manifest.file_hash, manifest.manifest_hash, "", manifest.size, 1)])
+
+    async def _register(self, path: Path, manifest: Manifest, name: str, *, is_proven: bool) -> None:
+        """Seed a finished file in place. A failure is logged: the user has the file."""
+        try:
+            await self._thread.run(self._store.register_linked, path, manifest, name, verified=is_proven)
+        except (FastCASError, OSError) as error:
+            log.warning("finished file is not seeded path=%s error=%s", path, error)
+            return
+        self._announcer.announce(
+            [Announcement(manifest.file_hash, manifest.manifest_hash, name, manifest.size, WHOLE)]
+        )

@@ -1,0 +1,171 @@
+"""What each command does to a store: one method per command, plain maps in and out.
+
+Used by the agent in its store thread, and by the command line on a folder without a node, in its own process.
+Arguments come from outside and are checked here. Never touches the network itself: what needs it is handed in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastcas.errors import Interrupted, NotFound, UsageError
+from fastcas.ids import Link, PeerAddr, parse_ref, short
+from fastcas.store import FileRow, Store, StoredFile
+
+__all__ = ["LOCAL_OPERATIONS", "Operations", "file_row_to_map"]
+
+OnProgress = Callable[[dict[str, Any]], None]
+Progress = Callable[[int, int], None]
+
+LOCAL_OPERATIONS = frozenset({"store", "ls", "info", "rm", "gc", "verify", "migrate", "index", "stats"})
+DAMAGES_SHOWN = 1000
+
+
+def file_row_to_map(row: FileRow) -> dict[str, Any]:
+    """Return a row as people and scripts see it: hashes in hex."""
+    values = {name: getattr(row, name) for name in _ROW_FIELDS}
+    return values | {"file_hash": row.file_hash.hex(), "manifest_hash": row.manifest_hash.hex()}
+
+
+_ROW_FIELDS = tuple(item.name for item in dataclasses.fields(FileRow))
+
+
+class Operations:
+    """The commands on one open store. Methods run in the store's thread.
+
+    Args:
+        store: The store.
+        barrier: Returns when no process reads what was removed before; without a node there is none.
+        advertised: Addresses that a link to a stored file should name.
+        fetch_chunk: Gets a chunk from the network for a repair, or None.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        barrier: Callable[[], None] = lambda: None,
+        advertised: Callable[[], Sequence[PeerAddr]] = tuple,
+        fetch_chunk: Callable[[bytes], bytes | None] | None = None,
+    ) -> None:
+        self.store = store
+        self._barrier = barrier
+        self._advertised = advertised
+        self._fetch_chunk = fetch_chunk
+
+    def run(
+        self,
+        op: str,
+        args: dict[str, Any],
+        fds: Sequence[int] = (),
+        on_progress: OnProgress | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> dict[str, Any]:
+        """Do one of `LOCAL_OPERATIONS`.
+
+        Args:
+            op: Which.
+            args: Its arguments.
+            fds: For `store` of a file: an open descriptor of it.
+            on_progress: Gets {"done", "total"} in bytes, in this thread.
+            cancelled: Checked at every progress; set = stop.
+        Raises:
+            UsageError: An argument is malformed.
+            Interrupted: `cancelled` was set.
+            FastCASError: What the store raises.
+        """
+        if op not in LOCAL_OPERATIONS:
+            raise UsageError(f"operation: {op!r} is unknown")
+
+        def progress(done: int, total: int) -> None:
+            if cancelled is not None and cancelled.is_set():
+                raise Interrupted(f"{op}: stopped after {done} of {total} B; nothing of it was stored")
+            if on_progress is not None:
+                on_progress({"done": done, "total": total})
+
+        result: dict[str, Any] = getattr(self, "_do_" + op)(args, list(fds), progress)
+        return result
+
+    def row_of(self, ref: Any) -> FileRow:
+        """Return the row of a REF.
+
+        Raises:
+            UsageError: Malformed.
+            NotFound: The store has no such file.
+        """
+        link = parse_ref(str(ref))
+        row = self.store.file(link.file_hash)
+        if row is None:
+            raise NotFound(f"file {short(link.file_hash)}: not in this store")
+        return row
+
+    def _do_store(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
+        path = os.fsdecode(args["path"])
+        parity = args.get("parity")
+        shape = (int(parity[0]), int(parity[1])) if parity else None
+        chunk_size = args.get("chunk_size")
+        in_place = bool(args.get("in_place"))
+        stored: StoredFile
+        if args.get("is_dir"):
+            stored = self.store.store_tree(
+                path, chunk_size=chunk_size, parity=shape, in_place=in_place, progress=progress
+            )
+        else:
+            stored = self.store.store_file(
+                path, fd=fds[0] if fds else None, name=args.get("name"), chunk_size=chunk_size, parity=shape,
+                in_place=in_place, progress=progress,
+            )  # fmt: skip
+        link = dataclasses.replace(Link.parse(stored.link), peers=tuple(self._advertised()))
+        return dataclasses.asdict(stored) | {"link": str(link)}
+
+    def _do_ls(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
+        return {"files": [file_row_to_map(row) for row in self.store.files()]}
+
+    def _do_info(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
+        row = self.row_of(args.get("ref"))
+        manifests = [
+            {
+                "manifest_hash": manifest.manifest_hash.hex(),
+                "chunk_size": manifest.chunk_size,
+                "n_chunks": manifest.n_chunks,
+                "n_parity": manifest.n_parity,
+                "parity": f"{manifest.k}+{manifest.m}" if manifest.k else None,
+            }
+            for manifest in self.store.manifests_of(row.file_hash)
+        ]
+        return {"file": file_row_to_map(row), "manifests": manifests}
+
+    def _do_rm(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
+        row = self.row_of(args.get("ref"))
+        self.store.remove(row.file_hash)
+        return {"file_hash": row.file_hash.hex(), "name": row.name, "size": row.size}
+
+    def _do_gc(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
+        return dataclasses.asdict(self.store.gc(self._barrier))
+
+    def _do_verify(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
+        repair = bool(args.get("repair"))
+        report = self.store.verify(repair=repair, fetch=self._fetch_chunk if repair else None, progress=progress)
+        damages = [dataclasses.asdict(item) | {"hash": item.hash.hex()} for item in report.damages[:DAMAGES_SHOWN]]
+        return {
+            "chunks": report.chunks, "bytes": report.bytes, "manifests": report.manifests, "damages": damages,
+            "n_damaged": report.n_damaged, "n_repaired": report.n_repaired, "is_clean": report.is_clean,
+        }  # fmt: skip
+
+    def _do_migrate(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
+        report = self.store.migrate(os.fsdecode(args["path"]))
+        return {
+            "files": [dataclasses.asdict(item) for item in report.files],
+            "left_out": [list(item) for item in report.left_out],
+            "bytes": report.bytes,
+        }
+
+    def _do_index(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
+        return {"index": self.store.index_json()}
+
+    def _do_stats(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
+        return dict(self.store.stats())
