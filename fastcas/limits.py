@@ -42,6 +42,13 @@ SWARM_WAIT_MS_MAX = 5000
 SWARM_PEERS_MAX = 50
 SEND_COPY_MAX = 512 * KIB  # writev from the mapped blob up to here, sendfile above (docs/DECISIONS.md)
 DRAIN_S = 30.0
+BLOBS_OPEN_MAX = 512  # blob windows that a worker keeps open and mapped (64 MiB of address space each)
+PARKED_MAX = 4096  # requests per worker that wait for an answer from Python; more get 503
+ACCEPT_PAUSE_S = 0.1  # after running out of file descriptors
+EVENTS_PER_RUN = 512  # socket events before the event loop has its turn
+TICK_S = 0.25  # deadlines and heartbeat of a worker
+SWARM_POLL_S = 0.02  # how often a parked /swarm request looks for news
+PEER_REPORT_S = 10.0  # a caller with port and id is reported to the agent at most this often per file
 WORKERS_MAX = 256
 
 # --- fetching ---

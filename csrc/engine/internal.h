@@ -1,0 +1,233 @@
+/* What the engine's files share. Nobody outside csrc/engine includes this. */
+#ifndef FCAS_ENGINE_INTERNAL_H
+#define FCAS_ENGINE_INTERNAL_H
+
+#include <sys/epoll.h>
+#include <sys/types.h>
+
+#include "engine/engine.h"
+#include "http/parser.h"
+
+#define FCAS_INPUT_SIZE   FCAS_HTTP_HEAD_MAX /* one receive: all unread input that a connection may hold */
+#define FCAS_SCRATCH_SIZE 4096u              /* the longest header that we write */
+#define FCAS_WINDOW_SHIFT 25                 /* windows begin every 32 MiB and are 64 MiB long, so that every */
+#define FCAS_WINDOW_SIZE  (64ull << 20)      /* extent (<= 16 MiB) lies whole in the window of its offset */
+#define FCAS_TURN_BYTES   (2u << 20)         /* sent by one connection before the others have their turn */
+#define FCAS_TURN_REQUESTS 32u               /* answered for one connection, likewise */
+#define FCAS_HASHES_AHEAD 64u                /* chunk hashes read from a manifest at once */
+#define FCAS_EVENTS_MAX   512u
+#define FCAS_BATCH        256
+
+typedef struct fcas_conn fcas_conn;
+
+/* An open blob with a window of it mapped. Key: blob number and window. */
+typedef struct fcas_cached {
+    struct fcas_cached *chain;        /* hash bucket */
+    struct fcas_cached *newer, *older; /* LRU, only while refs == 0 */
+    uint64_t key;
+    uint64_t device, inode;
+    uint64_t size;       /* at registration */
+    int64_t  mtime_ns;
+    uint32_t flags;      /* FCAS_BLOB_* */
+    uint32_t blob;
+    uint32_t refs;
+    int      fd;
+    uint64_t stat_size;  /* at the last check */
+    int64_t  checked_ns;
+    uint8_t *map;        /* NULL until it is needed */
+    uint64_t map_at;     /* file offset of map */
+    uint64_t map_len;
+    int      dead;       /* withdrawn or replaced: out of the table, freed with the last reference */
+} fcas_cached;
+
+/* The rest of a /files response after its current extent. */
+typedef struct {
+    fcas_cached *manifest;
+    uint64_t hashes_at;  /* file offset of the chunk hashes in the manifest's blob */
+    uint64_t left;       /* bytes of the response that no extent covers yet */
+    uint64_t size;       /* of the file */
+    uint32_t chunk_size;
+    uint32_t n_chunks;
+    uint32_t next;       /* chunk number */
+    uint32_t skip;       /* bytes of chunk `next` before the range */
+    uint32_t first_hash; /* chunk number of hashes[0] */
+    uint32_t n_hashes;
+    uint8_t  hashes[FCAS_HASHES_AHEAD * 32];
+} fcas_run;
+
+typedef enum { CONN_FREE = 0, CONN_READING, CONN_SENDING, CONN_PARKED, CONN_LINGERING } fcas_conn_state;
+typedef enum { TIMER_HEADER = 0, TIMER_IDLE, TIMER_SEND, TIMER_LINGER, TIMER_COUNT, TIMER_NONE = TIMER_COUNT } fcas_timer;
+
+struct fcas_conn {
+    /* timer list */
+    fcas_conn *prev, *next;
+    int64_t    timer_ns;    /* when the timer was started */
+    /* identity; these and ready_next survive reuse of the slot */
+    fcas_conn *ready_next;
+    uint32_t   index;
+    uint32_t   birth;       /* counts uses of the slot: stale epoll events do not match */
+    uint32_t   park_serial; /* counts parked requests of the slot: stale handles do not match */
+    uint8_t    in_ready;
+    /* from here on zeroed at accept */
+    uint8_t    state;       /* fcas_conn_state */
+    uint8_t    timer;       /* fcas_timer */
+    uint8_t    readable;    /* the socket may have input */
+    uint8_t    rdhup;       /* the peer sent its end: read on until 0 */
+    uint8_t    eof;
+    uint8_t    close_after; /* this response is the last one */
+    uint8_t    is_head;
+    uint8_t    local;       /* 0 unknown, 1 same host, 2 another host */
+    uint8_t    use_sendfile;
+    uint8_t    notify;
+    uint8_t    bucket;      /* epoch bucket + 1, 0 = no extent in flight */
+    uint8_t    mem_borrowed; /* mem is the engine's scratch */
+    uint8_t    served;      /* at least one response was finished */
+    uint8_t    stalls;      /* consecutive send checks without progress */
+    uint16_t   in_len;
+    uint16_t   port;
+    int        fd;
+    uint8_t    ip[16];
+    uint8_t   *in;          /* pooled, FCAS_INPUT_SIZE; NULL while no request is unfinished */
+    fcas_http_request req;
+    /* response: first mem, then the extent, then the run's extents */
+    uint8_t   *mem;
+    uint32_t   mem_at, mem_len;
+    fcas_cached *blob;
+    uint64_t   body_at;     /* file offset */
+    uint64_t   body_left;   /* of this extent */
+    fcas_run  *run;
+    uint64_t   notify_handle;
+    /* progress of the peer */
+    uint64_t   sent;        /* bytes written to the socket, all responses */
+    uint64_t   acked;       /* at the last send check */
+    uint64_t   window_acked;
+    int64_t    window_ns;
+};
+_Static_assert(sizeof(fcas_conn) <= 512, "a connection is to stay small");
+
+typedef struct {
+    fcas_conn *head, *tail;
+    int64_t    after_ns;
+} fcas_timer_list;
+
+struct fcas_engine {
+    fcas_engine_config config;
+    int      epfd;
+    int      kick;          /* eventfd, level-triggered: readable while the ready list waits for the next run */
+    int      spare;         /* fd given up to accept and refuse when there are no more */
+    int      listening;     /* the listener is in the epoll instance */
+    int      draining;
+    int      kicked;
+    int64_t  now_ns;
+    int64_t  accept_at_ns;  /* paused until then */
+    int64_t  drain_ns;
+    int64_t  date_s;
+    char     date[40];      /* "Date: ...\r\n" */
+    size_t   date_len;
+    /* table and epochs (epoch.c) */
+    fcas_table table;
+    int      has_table;
+    uint64_t table_number;
+    uint64_t label[2];
+    uint32_t count[2];
+    int      current;
+    uint64_t safe;
+    uint64_t swept_epoch;
+    /* connections */
+    fcas_conn **slabs;
+    uint32_t n_slabs;
+    fcas_conn *free_conns;  /* by next */
+    uint32_t n_conns;
+    uint32_t n_sending;
+    fcas_conn *ready_head, *ready_tail;
+    fcas_timer_list timers[TIMER_COUNT];
+    /* buffers */
+    uint8_t *input;         /* shared receive buffer */
+    uint8_t *scratch;
+    void    *free_inputs;   /* pooled input buffers, chained by their first bytes */
+    uint32_t n_free_inputs;
+    uint32_t n_inputs;
+    /* blob cache */
+    fcas_cached **buckets;
+    uint32_t n_buckets;     /* power of two */
+    uint32_t n_cached;
+    uint32_t n_idle;        /* in the LRU list */
+    fcas_cached *newest, *oldest;
+    struct { uint32_t blob; int64_t until_ns; } reported[64];
+    /* for the owner */
+    fcas_parked *parked_head, *parked_tail;
+    uint32_t n_parked;
+    fcas_event *events;     /* ring of FCAS_EVENTS_MAX */
+    uint32_t events_at, n_events;
+    uint64_t delta[FCAS_CTR_COUNT];
+    struct epoll_event batch[FCAS_BATCH];
+};
+
+static inline void fcas_engine_count(fcas_engine *e, fcas_counter c, uint64_t n) { e->delta[c] += n; }
+
+/* ---- timers.c ---- */
+/* Start timer t of c now (TIMER_NONE: none). A restart within 100 ms of the last start is a no-op where that only
+ * makes the deadline earlier by as much (TIMER_IDLE). */
+void fcas_timer_set(fcas_engine *e, fcas_conn *c, fcas_timer t);
+/* Close or check every connection whose time is up. */
+void fcas_timers_expire(fcas_engine *e);
+
+/* ---- epoch.c ---- */
+void fcas_epoch_enter(fcas_engine *e, fcas_conn *c);
+void fcas_epoch_leave(fcas_engine *e, fcas_conn *c);
+/* Look at the table's epoch and publish EPOCH_SAFE. */
+void fcas_epoch_refresh(fcas_engine *e);
+/* After the table changed: everything in flight counts as epoch 0. */
+void fcas_epoch_restart(fcas_engine *e);
+
+/* ---- cache.c ---- */
+fcas_status fcas_cache_init(fcas_engine *e);
+void fcas_cache_destroy(fcas_engine *e);
+/* The open blob for a place, checked (identity, length) and referenced; NULL when it cannot be served (a withdrawal
+ * was reported if the blob is at fault). *busy = 1 if only file descriptors are lacking. */
+fcas_cached *fcas_cache_get(fcas_engine *e, fcas_place place, int *busy);
+void fcas_cache_put(fcas_engine *e, fcas_cached *b);
+/* Check identity and size against the open file; 0 = withdrawn. */
+int fcas_cache_check(fcas_engine *e, fcas_cached *b, uint64_t end);
+/* Map the window. NULL if that fails. */
+const uint8_t *fcas_cache_map(fcas_cached *b);
+/* Report the blob once a second and take it out of the cache. */
+void fcas_cache_withdraw(fcas_engine *e, fcas_cached *b, fcas_withdraw_reason reason);
+/* Close blobs that the table does not list any more. */
+void fcas_cache_sweep(fcas_engine *e);
+
+/* ---- send.c ---- */
+typedef enum { SEND_DONE = 0, SEND_BLOCKED, SEND_YIELD, SEND_FAILED } fcas_send_result;
+/* Send on; at most *turn bytes. */
+fcas_send_result fcas_send(fcas_engine *e, fcas_conn *c, uint64_t *turn);
+
+/* ---- files.c ---- */
+/* A run over bytes [first, last] of a file, its first extent in c; the status of the error otherwise. */
+int fcas_run_start(fcas_engine *e, fcas_conn *c, const fcas_run *shape, uint64_t first, uint64_t last);
+/* The next extent of c's run into c. 0, or -1: it cannot be served. */
+int fcas_run_next(fcas_engine *e, fcas_conn *c);
+/* Read a manifest's header: fills shape (manifest referenced, size, chunk_size, n_chunks, hashes_at). 0 or a status. */
+int fcas_run_open(fcas_engine *e, const uint8_t file_hash[32], fcas_run *shape);
+
+/* ---- route.c ---- */
+/* Answer the complete request in c->req, whose bytes begin at buf: leaves c SENDING or PARKED. */
+void fcas_route(fcas_engine *e, fcas_conn *c, const uint8_t *buf);
+/* Answer with an error of one line; `last` closes afterwards. */
+void fcas_route_error(fcas_engine *e, fcas_conn *c, int status, int last);
+/* Set c's extent to length bytes of place from `skip` on. 0, 404 or 503. */
+int fcas_route_extent(fcas_engine *e, fcas_conn *c, fcas_place place, uint64_t skip, uint64_t length);
+
+/* ---- conn.c ---- */
+fcas_conn *fcas_conn_new(fcas_engine *e, int fd);
+fcas_conn *fcas_conn_at(const fcas_engine *e, uint32_t index);
+/* Go on with a connection: send, parse, receive until it blocks. */
+void fcas_conn_run(fcas_engine *e, fcas_conn *c);
+/* Close at once; with reset, the peer gets RST and the kernel forgets unsent data. */
+void fcas_conn_close(fcas_engine *e, fcas_conn *c, int reset);
+void fcas_conn_free_input(fcas_engine *e, fcas_conn *c);
+void fcas_conn_make_ready(fcas_engine *e, fcas_conn *c);
+/* Bookkeeping of a response that begins: c becomes SENDING. */
+void fcas_conn_begin(fcas_engine *e, fcas_conn *c, int status);
+void fcas_engine_event(fcas_engine *e, fcas_event event);
+
+#endif
