@@ -14,6 +14,7 @@ __all__ = [
     "CatalogCorrupt",
     "ChunkCorrupt",
     "ChunkNotFound",
+    "CollectionCorrupt",
     "ConfigError",
     "DamageFound",
     "DestinationExists",
@@ -81,6 +82,12 @@ class ChunkCorrupt(IntegrityError):
 
 class ManifestCorrupt(IntegrityError):
     """A manifest's bytes are malformed, or contradict the hash that they are named by."""
+
+    blame = "peer"
+
+
+class CollectionCorrupt(IntegrityError):
+    """A collection is malformed or names a path that is not allowed; nothing of it was used."""
 
     blame = "peer"
 

@@ -1,0 +1,40 @@
+"""The store: bytes on disk, and the catalog that says what lies where.
+
+In: files, directories and downloads of this machine; manifests; what the node asks for by hash.
+Out: extents (blob, offset, length), manifests, reports; a listener hears what becomes live or goes away.
+Owns: the storage folder, its lock, catalog.db, owned blobs, manifests, quarantine; all crash safety.
+Never: opens a socket, starts a process, writes a user's own file, or hands out a byte that it has not checked.
+"""
+
+from fastcas.store.collection import Collection, FileEntry, PackEntry, SmallEntry, check_path, check_paths
+from fastcas.store.store import Store
+from fastcas.store.types import (
+    Damage,
+    Extent,
+    FileRow,
+    GcReport,
+    Identity,
+    MigrateReport,
+    StoredFile,
+    StoreListener,
+    VerifyReport,
+)
+
+__all__ = [
+    "Collection",
+    "Damage",
+    "Extent",
+    "FileEntry",
+    "FileRow",
+    "GcReport",
+    "Identity",
+    "MigrateReport",
+    "PackEntry",
+    "SmallEntry",
+    "Store",
+    "StoreListener",
+    "StoredFile",
+    "VerifyReport",
+    "check_path",
+    "check_paths",
+]

@@ -1,0 +1,372 @@
+"""Ingest: one read of the source gives chunk hashes, midstates, content hash and parity; then all of it is
+published at once.
+
+    reader thread ──buffer──▶ store's thread: hash, look up, plan ──runs of new chunks──▶ writer thread
+
+Three buffers go round, so reading, hashing and writing overlap. A chunk that an owned blob holds already is not
+written again, nor is one that came earlier in the same ingest; `in place` writes no data chunk at all. Parity is
+encoded from the same buffers and is always owned.
+Publish order (architecture §7): blob (temp, write, fsync, rename, fsync folder), manifests likewise, catalog
+commit, listener. Until the commit nothing refers to what was written, and an error takes it away again.
+Memory: three buffers of max(4 MiB, one stripe or chunk), each with the parity of its stripes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastcas.errors import FileChanged, UsageError
+from fastcas.hashing import Sha256, chunk_pass, digest_many, sha256
+from fastcas.ids import Link
+from fastcas.limits import PARITY_M_MAX, PARITY_TOTAL_MAX, STRIPE_BYTES_MAX
+from fastcas.metadata import EMPTY_SHA256, SHA256_IV, Manifest, choose_chunk_size
+from fastcas.store.blobs import BlobWriter
+from fastcas.store.catalog import LINKED, OWNED, BlobRow
+from fastcas.store.core import Core, News, manifest_name
+from fastcas.store.sources import Source
+from fastcas.store.types import Identity, Progress, StoredFile
+
+__all__ = ["Entry", "Ingest", "Staged", "stored_file"]
+
+BUFFER_B = 4 << 20
+SLOTS = 3
+
+
+@dataclass(slots=True)
+class Staged:
+    """One source that was read: its manifest, and where a file that is seeded in place lies."""
+
+    manifest: Manifest
+    new_bytes: int
+    path: bytes | None = None
+    identity: Identity | None = None
+
+
+@dataclass(slots=True)
+class Entry:
+    """One file to publish. `name` None: it is known only as a member of a collection."""
+
+    staged: Staged
+    name: str | None
+    is_collection: bool = False
+    members: list[bytes] = field(default_factory=list)
+    already_stored: bool = False
+
+
+class _Inline(Executor):
+    """Runs at once in the calling thread: a source of one buffer is not worth a thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+class _Slot:
+    """One buffer, the parity of its stripes, and the write that still reads from them."""
+
+    def __init__(self, size: int, parity_size: int) -> None:
+        self.view = memoryview(bytearray(size))
+        self.parity = memoryview(bytearray(parity_size))
+        self.pending: Future[Any] | None = None
+
+    def settle(self) -> None:
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+
+class _Parity:
+    """Encodes the stripes of one file, buffer by buffer."""
+
+    def __init__(self, k: int, m: int, chunk_size: int) -> None:
+        from fastcas.parity import ReedSolomon
+
+        self._code = ReedSolomon(k, m)
+        self._k, self._m = k, m
+        self._zeros = memoryview(bytes(chunk_size))
+        self.hashes = bytearray()
+
+    def encode(self, chunks: Sequence[memoryview], out: memoryview) -> list[memoryview]:
+        """Return the parity chunks of whole stripes (the last may be short), as views of `out`."""
+        shards: list[memoryview] = []
+        at = 0
+        for first in range(0, len(chunks), self._k):
+            data = list(chunks[first : first + self._k])
+            length = len(data[0])
+            if len(data[-1]) < length:
+                data[-1] = memoryview(bytes(data[-1]).ljust(length, b"\0"))
+            data += [self._zeros[:length]] * (self._k - len(data))
+            rows = [out[at + i * length : at + (i + 1) * length] for i in range(self._m)]
+            at += self._m * length
+            self._code.encode(data, rows)
+            shards += rows
+        return shards
+
+
+class _Hashes:
+    """Chunk hashes, midstates and content hash of one file, fed in order."""
+
+    def __init__(self, size: int, chunk_size: int) -> None:
+        self._chunk_size = chunk_size
+        self._left = -(-size // chunk_size)
+        self._chain = SHA256_IV
+        self.done = 0
+        self.chunks = bytearray()
+        self.midstates = bytearray()
+        self.file_hash = EMPTY_SHA256
+
+    def feed(self, chunks: Sequence[memoryview]) -> list[bytes]:  # hot
+        """Return the hashes of the next chunks. One pass over the bytes but for the file's last chunk."""
+        keys = []
+        for chunk in chunks:
+            self._left -= 1
+            if self._left:
+                key, self._chain = chunk_pass(chunk, self._chain)
+                self.midstates += self._chain
+                self.done += len(chunk)
+            else:
+                key = sha256(chunk)
+                self.file_hash = Sha256(self._chain, self.done).update(chunk).digest() if self.done else key
+            keys.append(key)
+        self.chunks += b"".join(keys)
+        return keys
+
+
+class Ingest:
+    """One ingest: any number of sources into at most one owned blob, published at once.
+
+    Use as a context manager: leaving it without `publish` removes what was written.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._blob = BlobWriter(core.folder, core.catalog.catalog_id)
+        self._has_owned = bool(core.catalog.value("SELECT EXISTS(SELECT 1 FROM blobs WHERE kind=0)"))
+
+    def __enter__(self) -> Ingest:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._blob.discard()
+
+    def add(
+        self,
+        source: Source,
+        *,
+        chunk_size: int | None = None,
+        parity: tuple[int, int] | None = None,
+        in_place: bool = False,
+        progress: Progress | None = None,
+    ) -> Staged:
+        """Read a source to its end and stage it.
+
+        Args:
+            source: What to read; not closed here.
+            chunk_size: Bytes per chunk, None: automatic.
+            parity: (k, m), None: no parity.
+            in_place: The data chunks stay in the source's own file.
+            progress: Called after each buffer.
+        Raises:
+            FileChanged: The source changed while it was read.
+            UsageError: Chunk size or parity shape.
+            StoreFull, StoreError: Writing failed.
+        """
+        size = source.size
+        unit = choose_chunk_size(size, chunk_size)
+        k, m = parity or (0, 0)
+        if parity is not None and not (k >= 1 and 1 <= m <= PARITY_M_MAX and k + m <= PARITY_TOTAL_MAX):
+            raise UsageError(f"parity: expected K+M with K >= 1, M <= {PARITY_M_MAX}, K+M <= 255, got {k}+{m}")
+        if (k + m) * unit > STRIPE_BYTES_MAX:
+            raise UsageError(f"parity: a stripe of {k}+{m} chunks of {unit} B is over {STRIPE_BYTES_MAX} B")
+        hashes = _Hashes(size, unit)
+        code = _Parity(k, m, unit) if parity else None
+        written_before = self._blob.size
+        for chunks, slot, writer in self._buffers(source, unit, k, m, progress):
+            keys = hashes.feed(chunks)
+            runs = [] if in_place else self._plan(keys, chunks)
+            if code is not None:
+                shards = code.encode(chunks, slot.parity)
+                parity_keys = digest_many(shards)
+                code.hashes += b"".join(parity_keys)
+                runs += self._plan(parity_keys, shards)
+            if runs:
+                length = sum(len(run) for run in runs)
+                offset = self._blob.size - length
+                slot.pending = writer.submit(self._blob.write, runs, offset, size - hashes.done)
+        source.finish()
+        manifest = Manifest(
+            hashes.file_hash, size, unit, bytes(hashes.chunks), bytes(hashes.midstates), k, m,
+            bytes(code.hashes) if code else b"",
+        )  # fmt: skip
+        staged = Staged(manifest, self._blob.size - written_before)
+        if in_place:
+            staged.path, staged.identity = source.path, source.identity
+        return staged
+
+    def _buffers(
+        self, source: Source, unit: int, k: int, m: int, progress: Progress | None
+    ) -> Iterator[tuple[list[memoryview], _Slot, Executor]]:
+        """Yield the source's chunks, buffer by buffer, reading one buffer ahead."""
+        size = source.size
+        stripe = unit * max(k, 1)
+        step = stripe * max(1, BUFFER_B // stripe)
+        n_steps = -(-size // step)
+        n_stripes = -(-min(step, size) // stripe)
+        slots = [_Slot(min(step, size), n_stripes * m * min(unit, size)) for _ in range(min(n_steps, SLOTS))]
+        with ExitStack() as stack:
+            if n_steps > 1:
+                reader: Executor = stack.enter_context(ThreadPoolExecutor(1, "fastcas-read"))
+                writer: Executor = stack.enter_context(ThreadPoolExecutor(1, "fastcas-write"))
+            else:
+                reader = writer = _Inline()
+            ahead = reader.submit(source.readinto, slots[0].view) if slots else None
+            for i in range(n_steps):
+                slot, want = slots[i % SLOTS], min(step, size - i * step)
+                assert ahead is not None
+                got = ahead.result()
+                if got != want:
+                    source.finish()
+                    raise FileChanged(
+                        f"{source.label}: ended after {i * step + got} B of {size} B; nothing of it was stored"
+                    )
+                if i + 1 < n_steps:
+                    following = slots[(i + 1) % SLOTS]
+                    following.settle()
+                    ahead = reader.submit(source.readinto, following.view[: min(step, size - (i + 1) * step)])
+                yield [slot.view[at : min(at + unit, want)] for at in range(0, want, unit)], slot, writer
+                if progress is not None:
+                    progress(i * step + want, size)
+            for slot in slots:
+                slot.settle()
+
+    def _plan(self, keys: Sequence[bytes], chunks: Sequence[memoryview]) -> list[memoryview]:
+        """Reserve places for the chunks that no owned blob holds; returns their bytes in that order."""
+        places = self._blob.places
+        fresh = {key: chunk for key, chunk in zip(keys, chunks, strict=True) if key not in places}
+        if fresh and self._has_owned:
+            for key in self._core.owned_intact(list(fresh)):
+                del fresh[key]
+        for key, chunk in fresh.items():
+            self._blob.reserve(key, len(chunk))
+        return list(fresh.values())
+
+    def publish(self, entries: Sequence[Entry]) -> None:
+        """Make everything durable and visible together; sets `already_stored` of each entry.
+
+        Raises:
+            StoreFull, StoreError: Nothing became visible, and what was written is removed.
+        """
+        core, catalog = self._core, self._core.catalog
+        made: list[str] = []
+        now = int(time.time())
+        fresh = {}
+        for entry in entries:
+            manifest = entry.staged.manifest
+            row = catalog.manifest(manifest.manifest_hash)
+            entry.already_stored = bool(row and row.complete) and entry.staged.new_bytes == 0
+            if row is None or not core.folder.exists(manifest_name(row.hash)):
+                fresh[manifest.manifest_hash] = manifest
+        try:
+            blob_name = self._blob.publish()
+            if blob_name is not None:
+                made.append(blob_name)
+            for manifest in fresh.values():
+                made.append(core.write_manifest(manifest))
+            with catalog.transaction():
+                news = self._insert(entries, blob_name, now, set(fresh))
+        except BaseException:
+            for name in made:
+                core.folder.discard(name)
+            raise
+        core.say_news(news)
+        for manifest_hash in fresh:
+            if (row := catalog.manifest(manifest_hash)) is not None:
+                core.say_manifest(row)
+        if core.listener is not None:
+            for entry in entries:
+                core.listener.on_file(entry.staged.manifest.file_hash, entry.staged.manifest.manifest_hash)
+
+    def _insert(self, entries: Sequence[Entry], blob_name: str | None, now: int, written: set[bytes]) -> list[News]:
+        core, catalog = self._core, self._core.catalog
+        news: list[News] = []
+        if blob_name is not None:
+            writer = self._blob
+            path = os.fsencode(blob_name)
+            number = catalog.add_blob(OWNED, path, Identity(0, 0, writer.size, 0))
+            catalog.add_extents(number, writer.keys, writer.offsets, writer.lengths)
+            rows = [
+                (bytes(writer.keys[32 * i : 32 * i + 32]), offset, length)
+                for i, (offset, length) in enumerate(zip(writer.offsets, writer.lengths, strict=True))
+            ]
+            news.append(News(BlobRow(number, OWNED, path, Identity(0, 0, writer.size, 0), None), rows))
+        for entry in entries:
+            staged = entry.staged
+            if staged.path is not None and staged.identity is not None:
+                news.append(insert_linked(core, staged.path, staged.identity, staged.manifest))
+            manifest_hash = staged.manifest.manifest_hash
+            row = core.insert_manifest(staged.manifest, complete=True, written=manifest_hash in written)
+            written.discard(manifest_hash)
+            catalog.put_file(row.file_hash, row.hash, staged.manifest.size, now, entry.is_collection, entry.name)
+            catalog.many(
+                "INSERT OR IGNORE INTO members VALUES(?,?)", [(row.file_hash, member) for member in entry.members]
+            )
+        return news
+
+
+def insert_linked(core: Core, path: bytes, identity: Identity, manifest: Manifest) -> News:
+    """Insert a user's file as a linked blob with all data chunks; inside a transaction.
+
+    Returns:
+        The blob if it is new, and the chunks that lay nowhere before. The path must not belong to a blob of
+        another identity (`linked.make_way` first).
+    """
+    catalog = core.catalog
+    n, unit = manifest.n_chunks, manifest.chunk_size
+    keys = [manifest.hashes[32 * i : 32 * i + 32] for i in range(n)]
+    lengths = array("I", [unit] * n)
+    if n:
+        lengths[-1] = manifest.length_of(n - 1)
+    offsets = array("Q", range(0, n * unit, unit))
+    known = catalog.present(keys)
+    old = catalog.blob_at(path)
+    if old is None:
+        number = catalog.add_blob(LINKED, path, identity, manifest.manifest_hash)
+    else:
+        number = old.number
+        catalog.execute("UPDATE blobs SET manifest=? WHERE number=?", (manifest.manifest_hash, number))
+    catalog.add_extents(number, manifest.hashes, offsets, lengths)
+    rows = {
+        key: (key, offset, length)
+        for key, offset, length in zip(keys, offsets, lengths, strict=True)
+        if key not in known
+    }
+    return News(BlobRow(number, LINKED, path, identity, None), list(rows.values()), is_new=old is None)
+
+
+def stored_file(entry: Entry, size: int | None = None) -> StoredFile:
+    """Return what people are told about a published entry; `size` overrides it for a collection."""
+    manifest = entry.staged.manifest
+    name = entry.name or ""
+    path = entry.staged.path
+    return StoredFile(
+        file_hash=manifest.file_hash.hex(),
+        manifest_hash=manifest.manifest_hash.hex(),
+        link=str(Link(manifest.file_hash, manifest.manifest_hash, name or None, manifest.size)),
+        name=name,
+        size=manifest.size if size is None else size,
+        chunk_size=manifest.chunk_size,
+        n_chunks=manifest.n_chunks,
+        n_parity=manifest.n_parity,
+        new_bytes=entry.staged.new_bytes,
+        already_stored=entry.already_stored,
+        is_collection=entry.is_collection,
+        path=None if path is None else os.fsdecode(path),
+    )

@@ -1,0 +1,221 @@
+"""Storing a directory: scan it, pack its small files, ingest the rest, publish everything together.
+
+The scan refuses what a collection cannot hold (links, FIFOs, sockets, devices, names that `collection.check_path`
+forbids, unreadable folders) with all such names in one error. Files of at most 64 KiB go into packs in the order
+of their paths; a pack is closed once it has 64 MiB. All blobs, manifests and the collection become visible in one
+commit, so a tree is never half there.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from fastcas.errors import CollectionCorrupt, FileChanged, UsageError
+from fastcas.ids import escape_for_terminal
+from fastcas.limits import COLLECTION_FILES_MAX
+from fastcas.metadata import EMPTY_SHA256
+from fastcas.store.beneath import beneath
+from fastcas.store.collection import (
+    DEPTH_MAX,
+    SMALL_MAX,
+    Collection,
+    FileEntry,
+    PackEntry,
+    SmallEntry,
+    check_path,
+    check_paths,
+)
+from fastcas.store.core import Core, identity_of
+from fastcas.store.ingest import Entry, Ingest, stored_file
+from fastcas.store.linked import make_way
+from fastcas.store.paths import os_errors, shown, translate
+from fastcas.store.sources import BytesSource, ChainSource, FileSource, Part, open_user_file
+from fastcas.store.types import Identity, Progress, StoredFile
+
+__all__ = ["store_tree"]
+
+PACK_B = 64 << 20
+BAD_SHOWN = 20
+
+
+@dataclass(slots=True)
+class _Leaf:
+    path: str
+    executable: bool
+    identity: Identity
+
+
+@dataclass(slots=True)
+class _Scan:
+    dirs: list[str] = field(default_factory=list)
+    leaves: list[_Leaf] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+
+    def refuse(self, path: str, why: str) -> None:
+        self.bad.append(f"'{escape_for_terminal(path)}' {why}")
+
+
+def _scan(dir_fd: int, prefix: str, depth: int, out: _Scan, posix_names: bool) -> None:
+    if len(out.dirs) + len(out.leaves) > COLLECTION_FILES_MAX:
+        raise UsageError(f"directory: more than {COLLECTION_FILES_MAX} entries; nothing of it was stored")
+    with os.scandir(dir_fd) as entries:
+        found = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+    for entry in found:
+        path = prefix + entry.name
+        try:
+            check_path(path, posix_names=posix_names)
+        except CollectionCorrupt as exc:
+            out.bad.append(str(exc).removeprefix("collection: path "))
+            continue
+        info = entry.stat(follow_symlinks=False)
+        if stat.S_ISREG(info.st_mode):
+            out.leaves.append(_Leaf(path, bool(info.st_mode & 0o111), identity_of(info)))
+        elif stat.S_ISDIR(info.st_mode) and depth < DEPTH_MAX:
+            out.dirs.append(path)
+            try:
+                fd = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+            except OSError as exc:
+                out.refuse(path, exc.strerror)
+                continue
+            try:
+                _scan(fd, path + "/", depth + 1, out, posix_names)
+            finally:
+                os.close(fd)
+        else:
+            what = "is a symbolic link" if stat.S_ISLNK(info.st_mode) else "is neither a file nor a folder"
+            out.refuse(path, what if not stat.S_ISDIR(info.st_mode) else f"is deeper than {DEPTH_MAX}")
+
+
+def _opener(root_fd: int, leaf: _Leaf) -> Callable[[], int]:
+    def open_it() -> int:
+        with beneath(root_fd, leaf.path) as (fd, name):
+            return open_user_file(name, fd, follow=False)
+
+    return open_it
+
+
+def _packs(leaves: list[_Leaf]) -> Iterator[list[_Leaf]]:
+    pack: list[_Leaf] = []
+    size = 0
+    for leaf in leaves:
+        pack.append(leaf)
+        size += leaf.identity.size
+        if size >= PACK_B:
+            yield pack
+            pack, size = [], 0
+    if pack:
+        yield pack
+
+
+def store_tree(
+    core: Core,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None,
+    chunk_size: int | None,
+    parity: tuple[int, int] | None,
+    in_place: bool,
+    posix_names: bool,
+    progress: Progress | None,
+) -> StoredFile:
+    """See `Store.store_tree`."""
+    root = os.path.realpath(path)
+    try:
+        root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except NotADirectoryError as exc:
+        raise UsageError(f"{shown(path)}: expected a directory") from exc
+    except OSError as exc:
+        raise translate(exc, path, "opening it") from exc
+    try:
+        scan = _Scan()
+        with os_errors(path, "listing it"):
+            _scan(root_fd, "", 1, scan, posix_names)
+        if scan.bad:
+            more = f" and {len(scan.bad) - BAD_SHOWN} more" if len(scan.bad) > BAD_SHOWN else ""
+            raise UsageError(
+                f"{shown(path)}: cannot be stored: {'; '.join(scan.bad[:BAD_SHOWN])}{more}; nothing of it was stored"
+            )
+        try:
+            check_paths(scan.dirs, [leaf.path for leaf in scan.leaves], posix_names=posix_names)
+        except CollectionCorrupt as exc:
+            raise UsageError(f"{shown(path)}: cannot be stored: {exc}") from exc
+        title = name or shown(os.path.basename(root) or "root")
+        return _ingest(core, root_fd, root, title, scan, chunk_size, parity, in_place, progress)
+    finally:
+        os.close(root_fd)
+
+
+def _ingest(
+    core: Core,
+    root_fd: int,
+    root: str,
+    title: str,
+    scan: _Scan,
+    chunk_size: int | None,
+    parity: tuple[int, int] | None,
+    in_place: bool,
+    progress: Progress | None,
+) -> StoredFile:
+    total = sum(leaf.identity.size for leaf in scan.leaves)
+    done = 0
+
+    def step(of_file: int, _: int) -> None:
+        if progress is not None:
+            progress(done + of_file, total)
+
+    small = [leaf for leaf in scan.leaves if 0 < leaf.identity.size <= SMALL_MAX]
+    large = [leaf for leaf in scan.leaves if leaf.identity.size > SMALL_MAX]
+    entries: list[Entry] = []
+    files: list[FileEntry] = []
+    smalls = [
+        SmallEntry(leaf.path, leaf.executable, 0, EMPTY_SHA256, 0, 0) for leaf in scan.leaves if not leaf.identity.size
+    ]
+    packs: list[PackEntry] = []
+    with Ingest(core) as ingest:
+        for pack in _packs(small):
+            parts = [
+                Part(shown(os.path.join(root, leaf.path)), leaf.identity.size, _opener(root_fd, leaf), leaf.identity)
+                for leaf in pack
+            ]
+            chain = ChainSource(parts, shown(root))
+            try:
+                staged = ingest.add(chain, chunk_size=chunk_size, parity=parity, progress=step)
+            finally:
+                chain.close()
+            offset = 0
+            for leaf, part in zip(pack, parts, strict=True):
+                smalls.append(SmallEntry(leaf.path, leaf.executable, part.size, part.digest, len(packs), offset))
+                offset += part.size
+            manifest = staged.manifest
+            packs.append(PackEntry(manifest.file_hash, manifest.manifest_hash, manifest.size))
+            entries.append(Entry(staged, None))
+            done += manifest.size
+        for leaf in large:
+            absolute = os.path.join(root, leaf.path)
+            source = FileSource(_opener(root_fd, leaf)(), shown(absolute), os.fsencode(absolute))
+            try:
+                if source.identity != leaf.identity:
+                    raise FileChanged(f"{source.label}: changed before it was read; nothing of it was stored")
+                if in_place:
+                    make_way(core, os.fsencode(absolute), leaf.identity)
+                staged = ingest.add(source, chunk_size=chunk_size, parity=parity, in_place=in_place, progress=step)
+            finally:
+                source.close()
+            manifest = staged.manifest
+            files.append(
+                FileEntry(leaf.path, leaf.executable, manifest.size, manifest.file_hash, manifest.manifest_hash)
+            )
+            entries.append(Entry(staged, None))
+            done += manifest.size
+        data = Collection(tuple(packs), tuple(scan.dirs), tuple(files), tuple(smalls)).encode()
+        staged = ingest.add(BytesSource(data, title), chunk_size=chunk_size, parity=parity)
+        members = sorted({entry.staged.manifest.manifest_hash for entry in entries})
+        top = Entry(staged, title, is_collection=True, members=members)
+        new_bytes = staged.new_bytes + sum(entry.staged.new_bytes for entry in entries)
+        ingest.publish([*entries, top])
+    staged.new_bytes = new_bytes
+    top.already_stored = top.already_stored and new_bytes == 0
+    return stored_file(top, total)
