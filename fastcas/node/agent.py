@@ -34,13 +34,12 @@ from fastcas.node.logs import set_up_logging
 from fastcas.node.operations import Operations
 from fastcas.node.publisher import Publisher
 from fastcas.node.requests import RequestHandler
-from fastcas.node.snapshots import keys_snapshot, swarm_snapshot
 from fastcas.node.store_thread import StoreThread
 from fastcas.node.swarmbook import SwarmBook
 from fastcas.peers.discovery import CompositeDiscovery, Discovery, StaticDiscovery
 from fastcas.peers.ring_discovery import RingDiscovery
 from fastcas.store import Store
-from fastcas.table import Channel, Counters, Ring
+from fastcas.table import Channel, Counters, Ring, write_keys, write_swarm
 
 __all__ = ["Agent"]
 
@@ -56,7 +55,7 @@ class Agent:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -73,12 +72,13 @@ class Agent:
         self.has_dht = False
         self.state: Message = {"workers": [], "host": "0.0.0.0", "port": 0, "dht_port": None, "dht_pid": None}
         self.started_at = time.time()
+        self._stats: dict[str, int] = {}
 
     # ---- life cycle ----
 
     async def run(self) -> int:
         """Serve the channel until it ends or a stop message comes; return the exit status."""
-        self._channel.attach_to(self._loop, self._on_message, self._on_eof)
+        self._channel.attach_to(self.loop, self._on_message, self._on_eof)
         try:
             await self._ended.wait()
             return self._status
@@ -107,7 +107,7 @@ class Agent:
         os._exit(0)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
+        task = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -179,7 +179,7 @@ class Agent:
         self.node_id = Identity(seed).node_id.hex()
         self._channel.send({"op": "identity", "seed": seed, "node_id": self.node_id})
 
-        self.publisher = Publisher(self._loop, self.publish, self.counters)
+        self.publisher = Publisher(self.loop, self.publish, self.counters)
         self._stack.callback(self.publisher.close)
         self.publisher.on_keys_changed = self._on_keys_changed
         self.store.listener = self.publisher
@@ -216,13 +216,13 @@ class Agent:
         self._early.clear()
         self.publisher.publish_loaded()
         self._on_keys_changed()
-        stats = await self.thread.run(self.store.stats)
-        self._channel.send({"op": "ready", "chunks": stats["chunks"]})
-        log.info("agent ready node=%s chunks=%d", self.node_id, stats["chunks"])
+        self._stats = await self.thread.run(self.store.stats)
+        self._channel.send({"op": "ready", "chunks": self._stats["chunks"]})
+        log.info("agent ready node=%s chunks=%d", self.node_id, self._stats["chunks"])
 
     def _beat(self) -> None:
         self.counters.set(self.slot, "heartbeat_ns", time.monotonic_ns())
-        self._timers["beat"] = self._loop.call_later(HEARTBEAT_S, self._beat)
+        self._timers["beat"] = self.loop.call_later(HEARTBEAT_S, self._beat)
 
     # ---- what others use ----
 
@@ -264,7 +264,7 @@ class Agent:
             FastCASError: What the supervisor answered.
         """
         number = len(self._pending) + time.monotonic_ns()
-        future: asyncio.Future[Message] = self._loop.create_future()
+        future: asyncio.Future[Message] = self.loop.create_future()
         self._pending[number] = future
         try:
             self._channel.send({**request, "id": number})
@@ -278,6 +278,25 @@ class Agent:
     def ask_stop(self) -> None:
         """Have the whole node stop."""
         self._channel.send({"op": "stop"})
+
+    def forget_stats(self) -> None:
+        """The store changed: its figures have to be asked for anew."""
+        self._stats_are_old = True
+
+    _stats_are_old = True
+
+    async def store_stats(self) -> dict[str, int]:
+        """Return the store's figures; the last known ones while a long job keeps it busy."""
+        if self._stats_are_old:
+            task = self.loop.create_task(self._renew_stats())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            await asyncio.wait([task], timeout=1.0)
+        return self._stats
+
+    async def _renew_stats(self) -> None:
+        self._stats_are_old = False
+        self._stats = await self.thread.run(self.store.stats)
 
     async def announce_everything(self) -> None:
         """Tell a new DHT process what is here."""
@@ -294,13 +313,13 @@ class Agent:
         for fd in fds:
             os.close(fd)
         self._rings[index] = ring
-        self._loop.add_reader(ring.eventfd, self._on_events, ring)
+        self.loop.add_reader(ring.eventfd, self._on_events, ring)
         self.publisher.set_workers(frozenset(self._rings))
 
     def _remove_worker(self, index: int) -> None:
         ring = self._rings.pop(index, None)
         if ring is not None:
-            self._loop.remove_reader(ring.eventfd)
+            self.loop.remove_reader(ring.eventfd)
             ring.close()
             self.publisher.set_workers(frozenset(self._rings))
 
@@ -309,7 +328,7 @@ class Agent:
             messages = ring.drain()
         except LocalProtocolError as error:
             log.error("a worker's ring is damaged, no more events from it error=%s", error)
-            self._loop.remove_reader(ring.eventfd)
+            self.loop.remove_reader(ring.eventfd)
             return
         for data in messages:
             try:
@@ -322,20 +341,18 @@ class Agent:
                 case {"op": "withdraw", "blob": int(number)}:
                     self._spawn(self._withdraw(number, str(event.get("reason", ""))))
 
-    async def _withdraw(self, table_number: int, reason: str) -> None:
-        number = self.publisher.store_blob_of(table_number)
-        if number is not None:
-            log.warning("blob withdrawn blob=%d reason=%s", number, reason)
-            await self.thread.run(self.store.withdraw_blob, number, reason)
+    async def _withdraw(self, number: int, reason: str) -> None:
+        log.warning("blob withdrawn blob=%d reason=%s", number, reason)
+        await self.thread.run(self.store.withdraw_blob, number, reason)
 
     # ---- snapshots ----
 
     def _publish_swarm(self, files: dict[bytes, dict[str, Any]]) -> None:
-        self.publish("workers", "swarm", {"op": "swarm"}, [swarm_snapshot(files)])
+        self.publish("workers", "swarm", {"op": "swarm"}, [write_swarm(files)])
 
     def _on_keys_changed(self) -> None:
         if self.has_dht and "keys" not in self._timers and self._is_ready:
-            self._timers["keys"] = self._loop.call_later(KEYS_DELAY_S, self._begin_keys)
+            self._timers["keys"] = self.loop.call_later(KEYS_DELAY_S, self._begin_keys)
 
     def _begin_keys(self) -> None:
         del self._timers["keys"]
@@ -347,9 +364,8 @@ class Agent:
     async def _publish_keys(self) -> None:
         self._snapshot_running = True
         try:
-            fd, count = await self.thread.run(lambda: keys_snapshot(self.store.chunk_hashes()))
+            fd = await self.thread.run(lambda: write_keys(self.store.chunk_hashes()))
             self.publish("dht", "keys", {"op": "keys"}, [fd])
-            log.info("published chunk keys chunks=%d", count)
         finally:
             self._snapshot_running = False
 

@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastcas.errors import FastCASError
-from fastcas.fetch import DownloadResult, Progress, download
 from fastcas.ids import Link, PeerAddr, short
 from fastcas.metadata import Manifest
 from fastcas.node.announcer import WHOLE, Announcement, Announcer
@@ -26,6 +25,9 @@ from fastcas.node.store_thread import StoreThread
 from fastcas.node.swarmbook import SwarmBook
 from fastcas.peers.discovery import Discovery
 from fastcas.store import Store
+
+if TYPE_CHECKING:
+    from fastcas.fetch import DownloadResult, Progress
 
 __all__ = ["Downloads", "Running", "result_to_map"]
 
@@ -118,6 +120,7 @@ class Downloads:
         peers: list[PeerAddr],
         timeout_s: float,
         raw: bool = False,
+        force: bool = False,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
         """Fetch a file or collection to `out`, and seed it there.
@@ -127,11 +130,13 @@ class Downloads:
         Raises:
             FastCASError: As `fastcas.fetch.download`; the part file is kept where it can be resumed.
         """
+        from fastcas.fetch import download  # its receiver and kernels are loaded when the first download needs them
+
         running = Running(link.file_hash, link.name or out.name, time.monotonic())
         number = next(self._numbers)
         self._running[number] = running
         local = TableChunks(self._publisher)
-        seeding = Seeding(self._publisher, self._publish, self._on_first_manifest)
+        seeding = Seeding(self._store, self._thread, self._publisher, self._publish, self._on_offered)
 
         def progress(now: Progress) -> None:
             running.done, running.total, running.rate_Bps = now.bytes_done, now.bytes_total, now.rate_Bps
@@ -145,12 +150,13 @@ class Downloads:
             result = await download(
                 link, out, discovery=self._discovery(), peers=[*peers, *link.peers], local=local,
                 node_id=self._node_id, data_port=self._data_port(), timeout_s=timeout_s, hooks=seeding,
-                progress=progress, raw=raw,
+                progress=progress, raw=raw, force=force,
             )  # fmt: skip
             for path, manifest, is_proven in seeding.finished:
-                await self._register(path, manifest, link.name or path.name, is_proven=is_proven)
+                if is_proven:
+                    await self._register(path, manifest, path.name)
         finally:
-            seeding.close()
+            await seeding.close()
             local.close()
             self._running.pop(number, None)
         log.info(
@@ -159,14 +165,14 @@ class Downloads:
         )  # fmt: skip
         return result_to_map(result)
 
-    def _on_first_manifest(self, manifest: Manifest) -> None:
+    def _on_offered(self, manifest: Manifest) -> None:
         if self._data_port() is not None:
             self._announcer.announce([Announcement(manifest.file_hash, manifest.manifest_hash, "", manifest.size, 1)])
 
-    async def _register(self, path: Path, manifest: Manifest, name: str, *, is_proven: bool) -> None:
+    async def _register(self, path: Path, manifest: Manifest, name: str) -> None:
         """Seed a finished file in place. A failure is logged: the user has the file."""
         try:
-            await self._thread.run(self._store.register_linked, path, manifest, name, verified=is_proven)
+            await self._thread.run(self._store.register_linked, path, manifest, name, verified=True)
         except (FastCASError, OSError) as error:
             log.warning("finished file is not seeded path=%s error=%s", path, error)
             return

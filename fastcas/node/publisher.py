@@ -1,8 +1,8 @@
 """What the store says becomes what the workers see: the agent's only writer of the chunk table.
 
 A `StoreListener` that writes into the `TableOwner`, publishes each new table, keeps the entries of part files, and
-answers for the store when space may be reclaimed. Blob numbers in the table are 2 n for blob n of the store and odd
-for part files, which the store does not know. A lock makes the writers one: the store's thread and the loop's.
+answers for the store when space may be reclaimed. Blob numbers are the store's, those of part files, too. A lock
+makes the writers one: the store's thread and the loop's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ class Publisher:
         # The table numbers of one agent never repeat those of the one before it.
         self._base = (time.monotonic_ns() // 1_000_000) << 16
         self._holding = True
-        self._n_partial = 0
         self._table = TableOwner(self._on_new_table)
         self.on_keys_changed: Callable[[], None] = lambda: None
 
@@ -54,19 +53,19 @@ class Publisher:
         """Name a blob of the store to the workers."""
         with self._lock:
             self._table.put_blob(
-                2 * number, path, device=device, inode=inode, size=size, mtime_ns=mtime_ns, linked=linked
+                number, path, device=device, inode=inode, size=size, mtime_ns=mtime_ns, linked=linked
             )
 
     def on_chunks(self, blob: int, keys: bytes, offsets: array[int], lengths: array[int]) -> None:
         """Make chunks of a blob servable."""
         with self._lock:
-            self._table.put_chunks(keys, 2 * blob, offsets, lengths)
+            self._table.put_chunks(keys, blob, offsets, lengths)
         self._keys_changed()
 
     def on_manifest(self, manifest_hash: bytes, blob: int, offset: int, length: int) -> None:
         """Make a manifest servable."""
         with self._lock:
-            self._table.put_manifest(manifest_hash, 2 * blob, offset, length)
+            self._table.put_manifest(manifest_hash, blob, offset, length)
 
     def on_file(self, file_hash: bytes, manifest_hash: bytes) -> None:
         """Make a complete file servable."""
@@ -76,14 +75,13 @@ class Publisher:
     def on_chunks_removed(self, keys: bytes) -> None:
         """Take chunks away."""
         with self._lock:
-            for at in range(0, len(keys), 32):
-                self._table.remove_chunk(keys[at : at + 32])
+            self._table.remove_chunks(keys)
         self._keys_changed()
 
     def on_blob_removed(self, number: int) -> None:
         """Take a blob away."""
         with self._lock:
-            self._table.remove_blob(2 * number)
+            self._table.remove_blob(number)
 
     def on_manifest_removed(self, manifest_hash: bytes) -> None:
         """Take a manifest away."""
@@ -97,17 +95,14 @@ class Publisher:
 
     # ---- part files ----
 
-    def begin_partial(self, path: Path) -> int:
-        """Name a growing part file to the workers and return its blob number."""
+    def begin_partial(self, number: int, path: Path) -> None:
+        """Name a growing part file to the workers, under a number that the store gave it."""
         status = os.stat(path)
         with self._lock:
-            self._n_partial += 1
-            number = 2 * self._n_partial + 1
             self._table.put_blob(
                 number, os.fsencode(path), device=status.st_dev, inode=status.st_ino, size=status.st_size,
                 mtime_ns=status.st_mtime_ns, linked=True, growing=True,
             )  # fmt: skip
-        return number
 
     def put_partial(self, number: int, key: bytes, offset: int, length: int) -> bool:
         """Make a verified chunk of a part file servable; False if the store serves that chunk already."""
@@ -136,16 +131,6 @@ class Publisher:
         if place is None or entry is None:
             return None
         return os.fsdecode(entry.path), entry.device, entry.inode, place[1], place[2]
-
-    def store_blob_of(self, table_number: int) -> int | None:
-        """Return the store's number of a blob in the table; None for a part file."""
-        return table_number // 2 if table_number % 2 == 0 else None
-
-    @property
-    def n_chunks(self) -> int:
-        """Live entries in the table."""
-        with self._lock:
-            return self._table.n_live
 
     # ---- publication ----
 

@@ -6,14 +6,19 @@ they are not offered. When the download ends the entries go, unless the finished
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
+from fastcas.errors import FastCASError
+from fastcas.ids import short
 from fastcas.metadata import Manifest
 from fastcas.node.publisher import Publish, Publisher
+from fastcas.node.store_thread import StoreThread
+from fastcas.store import Store
 from fastcas.table import HaveLog
 
 __all__ = ["Seeding"]
@@ -21,71 +26,119 @@ __all__ = ["Seeding"]
 log = logging.getLogger(__name__)
 
 
+class _PartFile:
+    """One part file: offered from when the store has given it a number, until `close`."""
+
+    def __init__(self, manifest: Manifest, path: Path) -> None:
+        self.manifest = manifest
+        self.path = path
+        self.number: int | None = None
+        self.have: HaveLog | None = None
+        self.waiting: list[int] = []
+        self.keys: list[bytes] = []
+
+    @property
+    def message_key(self) -> str:
+        return "have:" + self.manifest.manifest_hash.hex()
+
+
 class Seeding:
-    """The `DownloadHooks` of one download.
+    """The `DownloadHooks` of one download: one part file at a time.
 
     Attributes:
-        manifest: What is being fetched, once known.
         finished: [(path, manifest, content_proven)] of the files that are complete.
     """
 
     def __init__(
-        self, publisher: Publisher, publish: Publish, on_first_manifest: Callable[[Manifest], None]
+        self,
+        store: Store,
+        thread: StoreThread,
+        publisher: Publisher,
+        publish: Publish,
+        on_offered: Callable[[Manifest], None],
     ) -> None:
+        self._store = store
+        self._thread = thread
         self._publisher = publisher
         self._publish = publish
-        self._on_first_manifest = on_first_manifest
-        self._blob: int | None = None
-        self._log: HaveLog | None = None
-        self._keys: list[bytes] = []
-        self.manifest: Manifest | None = None
+        self._on_offered = on_offered
+        self._part: _PartFile | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self.finished: list[tuple[Path, Manifest, bool]] = []
 
     def on_manifest(self, manifest: Manifest, part_path: Path) -> None:
-        """Begin to offer a part file; what an earlier manifest offered goes."""
-        self.close()
-        self.manifest = manifest
-        try:
-            self._blob = self._publisher.begin_partial(part_path)
-        except OSError as exc:
-            log.warning("part file is not seeded path=%s error=%s", part_path, exc.strerror)
-            return
-        self._log = HaveLog.create(manifest.file_hash, manifest.manifest_hash, manifest.n_total)
-        self._publish(
-            "workers", self._key,
-            {"op": "have", "file_hash": manifest.file_hash, "manifest_hash": manifest.manifest_hash},
-            [os.dup(self._log.fd)], None,
-        )  # fmt: skip
-        self._on_first_manifest(manifest)
+        """Begin to offer a part file; what was offered before goes."""
+        self._end_part()
+        self._part = part = _PartFile(manifest, part_path)
+        self._run(self._begin(part))
 
     def on_chunk(self, index: int) -> None:
         """Offer one verified chunk."""
-        manifest = self.manifest
-        if manifest is None or self._blob is None or self._log is None or index >= manifest.n_chunks:
+        part = self._part
+        if part is None or index >= part.manifest.n_chunks:
             return
-        key = manifest.hash_of(index)
-        if self._publisher.put_partial(self._blob, key, index * manifest.chunk_size, manifest.length_of(index)):
-            self._keys.append(key)
-        self._log.append(index)
+        if part.number is None:
+            part.waiting.append(index)
+        else:
+            self._offer(part, index)
 
     def on_finished(self, path: Path, manifest: Manifest, content_proven: bool) -> None:
         """Remember a finished file; whoever runs the download registers it."""
         self.finished.append((path, manifest, content_proven))
 
-    def close(self) -> None:
-        """Offer the part file no more. Idempotent."""
-        if self._blob is not None:
-            self._publisher.end_partial(self._blob, self._keys)
-            self._blob = None
-            self._keys = []
-        if self._log is not None and self.manifest is not None:
-            forward = {"op": "have_end", "manifest_hash": self.manifest.manifest_hash}
-            self._publish("workers", self._key, None, [], forward)
-            with contextlib.suppress(OSError):
-                self._log.close()
-            self._log = None
+    async def close(self) -> None:
+        """Offer nothing more. Idempotent."""
+        self._end_part()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    @property
-    def _key(self) -> str:
-        assert self.manifest is not None
-        return "have:" + self.manifest.manifest_hash.hex()
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _begin(self, part: _PartFile) -> None:
+        try:
+            number = await self._thread.run(self._store.begin_linked, part.path, part.manifest)
+        except FastCASError as error:
+            log.warning("part file is not seeded file=%s error=%s", short(part.manifest.file_hash), error)
+            return
+        if self._part is not part:
+            await self._thread.run(self._store.abandon_linked, number)
+            return
+        try:
+            self._publisher.begin_partial(number, part.path)
+        except OSError:
+            return  # it was finished and renamed meanwhile
+        manifest = part.manifest
+        part.number = number
+        part.have = HaveLog.create(manifest.file_hash, manifest.manifest_hash, manifest.n_total)
+        for index in part.waiting:
+            self._offer(part, index)
+        part.waiting.clear()
+        message = {"op": "have", "file_hash": manifest.file_hash, "manifest_hash": manifest.manifest_hash}
+        self._publish("workers", part.message_key, message, [os.dup(part.have.fd)], None)
+        self._on_offered(manifest)
+
+    def _offer(self, part: _PartFile, index: int) -> None:
+        manifest = part.manifest
+        assert part.number is not None and part.have is not None
+        key = manifest.hash_of(index)
+        if self._publisher.put_partial(part.number, key, index * manifest.chunk_size, manifest.length_of(index)):
+            part.keys.append(key)
+        part.have.append(index)
+
+    def _end_part(self) -> None:
+        part, self._part = self._part, None
+        if part is None or part.number is None or part.have is None:
+            return
+        self._publisher.end_partial(part.number, part.keys)
+        forward = {"op": "have_end", "manifest_hash": part.manifest.manifest_hash}
+        self._publish("workers", part.message_key, None, [], forward)
+        part.have.close()
+        self._run(self._forget(part.number))
+
+    async def _forget(self, number: int) -> None:
+        try:
+            await self._thread.run(self._store.abandon_linked, number)
+        except FastCASError as error:
+            log.warning("part file's number is kept blob=%d error=%s", number, error)

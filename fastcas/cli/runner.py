@@ -1,0 +1,88 @@
+"""How a command ends: exit codes, one-line errors, interruption, a reader that went away.
+
+Owns the process's exit status. A traceback is shown only with FASTCAS_DEBUG=1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import click
+
+from fastcas.errors import FastCASError, Interrupted
+from fastcas.ids import escape_for_terminal
+
+__all__ = ["complain", "resume_hint", "run_command"]
+
+_RESUME: list[str] = []
+
+
+def resume_hint(command: str) -> None:
+    """Say which command resumes what is running; shown when the user interrupts it."""
+    _RESUME[:] = [command]
+
+
+def complain(text: str) -> None:
+    """Write one line to stderr; never fails."""
+    line = " ".join(escape_for_terminal(part) for part in text.splitlines()) or "error"
+    try:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+    except OSError:
+        pass
+
+
+def run_command(command: click.Command, program: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a click command and return the exit status of architecture §9."""
+    try:
+        status = _invoke(command, program, arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has enough; Python's own flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    return status
+
+
+def _invoke(command: click.Command, program: str, arguments: Sequence[str] | None) -> int:
+    is_debugged = os.environ.get("FASTCAS_DEBUG") == "1"
+    try:
+        result = command.main(args=None if arguments is None else list(arguments), prog_name=program, standalone_mode=False)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        complain_usage(error)
+        return 2
+    except click.ClickException as error:
+        complain(f"{program}: {error.format_message()}")
+        return 2
+    except (click.Abort, KeyboardInterrupt, Interrupted):
+        hint = f"; resume with: {_RESUME[0]}" if _RESUME else ""
+        complain(f"{program}: interrupted{hint}")
+        return 7
+    except FastCASError as error:
+        if is_debugged:
+            traceback.print_exc()
+        complain(f"{program}: {error}")
+        return error.exit_code
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the process border: whatever it is, the user gets one line
+        if is_debugged:
+            traceback.print_exc()
+        complain(f"{program}: internal error: {type(error).__name__}: {error}")
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def complain_usage(error: click.UsageError) -> None:
+    """Write a command's help to stderr."""
+    sys.stderr.write(error.format_message() + "\n")
+
+
+def as_callable(command: click.Command, program: str) -> Callable[[], int]:
+    """Return an entry point."""
+    return lambda: run_command(command, program)

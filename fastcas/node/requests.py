@@ -1,0 +1,209 @@
+"""What the agent does for each request on `node.sock`.
+
+Commands on the store go to the store's thread; downloads, discovery and status stay in the loop. A stored or removed
+file is announced or withdrawn here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastcas.errors import FastCASError, NodeUnavailable, UsageError
+from fastcas.ids import parse_hash, parse_peer, parse_ref
+from fastcas.limits import FETCH_TIMEOUT_S
+from fastcas.metadata import FileMetadata, Manifest
+from fastcas.node.announcer import Announcement
+from fastcas.node.control import Request
+from fastcas.node.node_discovery import serve_discovery
+from fastcas.node.operations import LOCAL_OPERATIONS
+
+if TYPE_CHECKING:
+    from fastcas.node.agent import Agent
+
+__all__ = ["RequestHandler"]
+
+REPAIR_FETCH_S = 60.0
+REPAIR_WANT = 8
+PEERS_WANT = 64
+
+
+class RequestHandler:
+    """Bound to one agent; `handle` is the control server's handler."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._handlers: dict[str, Callable[[Request], Awaitable[dict[str, Any]]]] = {
+            "get": self._get,
+            "peers": self._peers,
+            "status": lambda request: self.status(),
+            "start_workers": self._start_workers,
+            "stop": self._stop,
+            "local_chunks": self._local_chunks,
+            "find_manifest": self._find_manifest,
+            "bootstrap": self._bootstrap,
+        }
+
+    async def handle(self, request: Request) -> dict[str, Any]:
+        """Answer one request.
+
+        Raises:
+            FastCASError: To be told to the caller.
+        """
+        if request.op in LOCAL_OPERATIONS:
+            return await self._local(request)
+        handler = self._handlers.get(request.op)
+        if handler is not None:
+            return await handler(request)
+        answer = await serve_discovery(self._agent.discovery(), request.op, request.args)
+        if answer is None:
+            raise UsageError(f"operation: {request.op!r} is unknown to this node")
+        return answer
+
+    async def status(self) -> dict[str, Any]:
+        """Return what `fastcas status` shows. Does not wait behind a long ingest for more than a second."""
+        agent = self._agent
+        contacts = 0
+        if agent.dht is not None:
+            with contextlib.suppress(FastCASError, TimeoutError):
+                async with asyncio.timeout(1.0):
+                    contacts = len(await agent.dht.routing())
+        workers = [
+            {**worker, "counters": agent.counters.snapshot(int(worker["slot"]))}
+            for worker in agent.state.get("workers", [])
+        ]
+        return {
+            "node_id": agent.node_id, "label": agent.label, "pid": os.getppid(), "agent_pid": os.getpid(),
+            "uptime_s": time.time() - agent.started_at, "storage": agent.config.storage_dir,
+            "data": {"host": agent.state["host"], "port": agent.data_port()},
+            "dht": {"port": agent.state["dht_port"], "pid": agent.state["dht_pid"], "contacts": contacts}
+            if agent.has_dht else None,
+            "workers": workers, "store": await agent.store_stats(), "downloads": agent.downloads.running(),
+        }  # fmt: skip
+
+    def fetch_chunk(self, digest: bytes) -> bytes | None:
+        """Get a chunk from the network, for a repair. Called in the store's thread; waits for the loop."""
+        future = asyncio.run_coroutine_threadsafe(self._fetch_chunk(digest), self._agent.loop)
+        try:
+            return future.result(REPAIR_FETCH_S)
+        except TimeoutError:
+            future.cancel()
+            return None
+
+    async def _fetch_chunk(self, digest: bytes) -> bytes | None:
+        from fastcas.fetch import P2PChunkDownloader
+
+        peers: list[tuple[str, int]] = []
+        async for _, hint in self._agent.discovery().find_chunk_peers([digest], REPAIR_WANT, FETCH_TIMEOUT_S / 3):
+            peers.append((hint.ip, hint.port))
+        if not peers:
+            return None
+        downloader = P2PChunkDownloader(None)
+        return await downloader.download_with_retry(digest.hex(), peers)
+
+    async def _local(self, request: Request) -> dict[str, Any]:
+        agent = self._agent
+        loop = asyncio.get_running_loop()
+
+        def progress(values: dict[str, Any]) -> None:
+            loop.call_soon_threadsafe(request.progress, values)
+
+        fds = [os.dup(fd) for fd in request.fds]  # the thread may outlive a cancelled request
+
+        def work() -> dict[str, Any]:
+            try:
+                return agent.operations.run(request.op, request.args, fds, progress, request.cancelled)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+        result = await agent.thread.run(work)
+        agent.forget_stats()
+        if request.op in ("store", "migrate"):
+            stored = [result] if request.op == "store" else result["files"]
+            agent.announcer.announce(
+                [
+                    Announcement(parse_hash(f["file_hash"]), parse_hash(f["manifest_hash"]), f["name"], f["size"])
+                    for f in stored
+                ]
+            )
+            if any(f["is_collection"] for f in stored):
+                await agent.announce_everything()
+        elif request.op == "rm":
+            agent.announcer.withdraw(parse_hash(result["file_hash"]))
+        return result
+
+    async def _get(self, request: Request) -> dict[str, Any]:
+        from fastcas.node.output_name import choose_name
+
+        args = request.args
+        link = parse_ref(str(args["ref"]))
+        peers = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
+        timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
+        bootstrap = [parse_peer(str(text), "--bootstrap") for text in args.get("bootstrap", [])]
+        if bootstrap and self._agent.dht is not None:
+            await self._agent.dht.bootstrap([(peer.ip, peer.port) for peer in bootstrap])
+        if args.get("out") is not None:
+            out = Path(os.fsdecode(args["out"]))
+        else:
+            row = await self._agent.thread.run(self._agent.store.file, link.file_hash)
+            known = row.name if row is not None else None
+            name = await choose_name(link, self._agent.discovery(), known, timeout_s)
+            out = Path(os.fsdecode(args["folder"])) / name
+        if not out.is_absolute():
+            raise UsageError("out: expected an absolute path")
+        return await self._agent.downloads.get(
+            link, out, peers=peers, timeout_s=timeout_s, raw=bool(args.get("raw")), force=bool(args.get("force")),
+            on_progress=request.progress,
+        )  # fmt: skip
+
+    async def _peers(self, request: Request) -> dict[str, Any]:
+        link = parse_ref(str(request.args["ref"]))
+        timeout_s = float(request.args.get("timeout_s", FETCH_TIMEOUT_S))
+        found = self._agent.discovery().find_file_peers(link.file_hash, PEERS_WANT, min(timeout_s, 10.0))
+        peers = [[h.node_id, h.ip, h.port, h.source] async for h in found if h.node_id != self._agent.node_id]
+        known = {(peer[1], peer[2]) for peer in peers}
+        for node_id, ip, port in self._agent.swarmbook.peers_of(link.file_hash):
+            if (ip, port) not in known:
+                peers.append([node_id, ip, port, "swarm"])
+        return {"peers": peers}
+
+    async def _start_workers(self, request: Request) -> dict[str, Any]:
+        args = request.args
+        reply = await self._agent.ask_supervisor(
+            {"op": "start_workers", "host": str(args["host"]), "port": int(args["port"]), "workers": int(args["workers"])}
+        )
+        self._agent.state |= {"host": str(args["host"]), "port": reply["port"]}
+        await self._agent.announce_everything()
+        return {"port": reply["port"]}
+
+    async def _stop(self, request: Request) -> dict[str, Any]:
+        self._agent.ask_stop()
+        return {}
+
+    async def _local_chunks(self, request: Request) -> dict[str, Any]:
+        store = self._agent.store
+        offset, limit = int(request.args.get("offset", 0)), 1 << 20
+        data = await self._agent.thread.run(lambda: b"".join(store.chunk_hashes()))
+        return {"hashes": data[32 * offset : 32 * (offset + limit)], "total": len(data) // 32}
+
+    async def _find_manifest(self, request: Request) -> dict[str, Any]:
+        meta = FileMetadata(**request.args["meta"])
+        manifests = await self._agent.thread.run(self._agent.store.manifests_of, parse_hash(meta.file_hash))
+        return {"manifest": next((m.data for m in manifests if _has_chunks(m, meta)), None)}
+
+    async def _bootstrap(self, request: Request) -> dict[str, Any]:
+        if self._agent.dht is None:
+            raise NodeUnavailable("bootstrap: this node runs without a DHT")
+        peers = [(str(host), int(port)) for host, port in request.args["peers"]]
+        return {"contacts": await self._agent.dht.bootstrap(peers)}
+
+
+def _has_chunks(manifest: Manifest, meta: FileMetadata) -> bool:
+    mine = FileMetadata.from_manifest(manifest, meta.original_name)
+    return mine.data_chunks == meta.data_chunks and mine.parity_chunks == meta.parity_chunks
