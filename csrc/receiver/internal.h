@@ -1,0 +1,95 @@
+/* What receiver.c, pool.c and conn.c share. */
+#ifndef FCAS_RECEIVER_INTERNAL_H
+#define FCAS_RECEIVER_INTERNAL_H
+
+#include <pthread.h>
+
+#include "receiver/receiver.h"
+
+/* --- chunk buffers: at most `max` bytes, one is always granted --- */
+typedef struct fcas_rx_buffer {
+    struct fcas_rx_buffer *next;
+    size_t capacity;
+    uint8_t *bytes;
+} fcas_rx_buffer;
+
+typedef struct {
+    pthread_mutex_t lock;
+    fcas_rx_buffer *free_list;
+    size_t total; /* bytes, free and in use */
+    size_t max;
+} fcas_rx_pool;
+
+void fcas_rx_pool_init(fcas_rx_pool *pool, size_t max);
+void fcas_rx_pool_destroy(fcas_rx_pool *pool);
+/* A buffer of at least `size` bytes. NULL with *no_memory = false: none is free now, ask again. */
+fcas_rx_buffer *fcas_rx_pool_get(fcas_rx_pool *pool, size_t size, bool *no_memory);
+void fcas_rx_pool_put(fcas_rx_pool *pool, fcas_rx_buffer *buffer);
+
+/* --- threads --- */
+typedef struct {
+    fcas_rx *rx;
+    pthread_t thread;
+    int epoll_fd;
+    int wake_fd;
+    pthread_mutex_t lock;
+    fcas_rx_request *inbox_first, *inbox_last; /* queued requests, under lock */
+    fcas_rx_conn *opening;                     /* under lock, linked by next */
+    fcas_rx_conn *closing;                     /* under lock, linked by next_closing */
+    bool stop;                                 /* under lock */
+    fcas_rx_conn *conns;                       /* this thread's only */
+    bool someone_waits;                        /* a connection waits for a buffer */
+} fcas_rx_thread;
+
+struct fcas_rx {
+    fcas_rx_config config;
+    fcas_rx_pool pool;
+    uint32_t n_started;
+    uint32_t next_thread;
+    int event_fd;
+    pthread_mutex_t lock;                  /* of the two below */
+    fcas_rx_request *done_first, *done_last;
+    fcas_rx_thread threads[];
+};
+
+enum conn_state { CONN_CLOSED, CONN_DIALLING, CONN_OPEN };
+enum body_kind { BODY_NONE, BODY_CHUNK, BODY_MEMORY, BODY_DISCARD };
+
+#define OUT_MAX 8192u
+
+struct fcas_rx_conn {
+    fcas_rx_thread *owner;
+    fcas_rx_conn *next, *prev;       /* owner's list; set by the owner */
+    fcas_rx_conn *next_closing;
+    struct sockaddr_storage address;
+    socklen_t n_address;
+    char *host, *fields;
+
+    int fd;
+    enum conn_state state;
+    bool watching_write;
+    bool waits_for_buffer;           /* out of the epoll set until there is one */
+    bool asked_twice;                /* the oldest request has had its second chance */
+    bool close_after;
+    uint64_t deadline_us;            /* 0: none */
+    uint64_t dial_us, connect_us;
+
+    fcas_rx_request *first, *last;   /* outstanding, oldest first; sent ones before unsent ones */
+    size_t n_out, at_out;
+    uint32_t n_head;                 /* bytes in head[] */
+    enum body_kind body;
+    uint64_t n_body, at_body;
+    fcas_rx_buffer *buffer;          /* BODY_CHUNK */
+    fcas_rx_check check;             /* BODY_CHUNK; .own for BODY_MEMORY with a hash */
+    fcas_rx_response response;
+    _Atomic uint64_t n_received;
+    char out[OUT_MAX];
+    uint8_t head[FCAS_RX_HEAD_MAX];
+};
+
+void *fcas_rx_thread_main(void *argument);
+void fcas_rx_conn_free(fcas_rx_conn *conn);
+/* Hand a finished request to the caller's queue. */
+void fcas_rx_deliver(fcas_rx *rx, fcas_rx_request *request, int outcome);
+
+#endif

@@ -1,0 +1,72 @@
+/* One file being fetched: where its chunks go and what they must hash to.
+ *
+ * A job owns copies of the manifest's arrays and duplicates of the descriptors, and counts its users, so that
+ * a request in flight never outlives what it refers to. Everything but the count is immutable. */
+#ifndef FCAS_RECEIVER_JOB_H
+#define FCAS_RECEIVER_JOB_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "common/status.h"
+#include "sha256/sha256.h"
+
+typedef struct {
+    uint64_t size;       /* bytes of content */
+    uint32_t chunk_size; /* a power of two, a multiple of 64 */
+    uint32_t n_chunks;   /* data chunks = ceil(size / chunk_size), > 0 */
+    uint32_t n_parity;
+    uint32_t k, m;       /* stripe shape, 0 without parity */
+    const uint8_t *hashes;        /* 32 * n_chunks */
+    const uint8_t *midstates;     /* 32 * (n_chunks - 1) */
+    const uint8_t *parity_hashes; /* 32 * n_parity */
+    uint8_t file_hash[32];
+} fcas_rx_layout;
+
+typedef struct {
+    fcas_rx_layout layout; /* its pointers lead into `arrays` */
+    uint8_t *arrays;
+    int fd;                /* the part file: data chunk i lies at i * chunk_size */
+    int parity_fd;         /* parity chunk j lies at j * chunk_size; -1: parity is not fetched */
+    atomic_int users;
+} fcas_rx_job;
+
+/* What a check of a chunk's bytes found. */
+enum {
+    FCAS_RX_HASH_OK = 1, /* the bytes' SHA-256 is the listed one */
+    FCAS_RX_LINK_OK = 2, /* from the chaining value before it they lead to the one after it */
+    FCAS_RX_HAS_LINK = 4 /* a data chunk: the link was checked at all */
+};
+
+/* Copy the layout and duplicate the descriptors (parity_fd may be -1). FCAS_E_NOMEM, FCAS_E_SYS with errno. */
+fcas_status fcas_rx_job_new(const fcas_rx_layout *layout, int fd, int parity_fd, fcas_rx_job **out);
+void fcas_rx_job_hold(fcas_rx_job *job);
+/* The last release frees it. */
+void fcas_rx_job_release(fcas_rx_job *job);
+
+/* Bytes of chunk `index` (data first, then parity); 0 when the file has no such chunk. */
+uint32_t fcas_rx_job_length(const fcas_rx_job *job, uint32_t index);
+
+/* An incremental check: begin, feed the chunk's bytes in order, end. */
+typedef struct {
+    fcas_sha256 own;
+    fcas_sha256 chain;
+    bool has_link;
+} fcas_rx_check;
+void fcas_rx_check_begin(fcas_rx_check *check, const fcas_rx_job *job, uint32_t index);
+void fcas_rx_check_feed(fcas_rx_check *check, const uint8_t *p, size_t n);
+/* FCAS_RX_* bits; digest gets what the bytes really hash to. */
+unsigned fcas_rx_check_end(fcas_rx_check *check, const fcas_rx_job *job, uint32_t index, uint8_t digest[32]);
+
+/* Write a checked chunk to its place. 0 or an errno value; short writes and EINTR are continued. */
+int fcas_rx_job_write(const fcas_rx_job *job, uint32_t index, const uint8_t *p);
+
+/* Read chunk `index` from fd at offset into buffer (chunk_size bytes), check it, and, if `write` and its hash
+ * is right, write it to its place in the job. *flags gets FCAS_RX_* bits (0 when the file ends early).
+ * 0 or an errno value of the read or the write. Blocks. */
+int fcas_rx_job_take(const fcas_rx_job *job, uint32_t index, int fd, uint64_t offset, bool write, uint8_t *buffer,
+                     unsigned *flags);
+
+#endif

@@ -1,0 +1,460 @@
+"""Who is asked for which chunk, and when: pure decisions.
+
+In: what peers have, answers, the time. Out: a list of `Ask`. Owns: the state of every chunk (wanted, in flight,
+here) and of every peer (window, rate, back-off, ban). Never: sockets, a clock or randomness of its own; the same
+object runs in the simulator.
+
+Sets of chunks are Python integers, bit i = chunk i: intersection, difference and "any" of 65,536 chunks cost about
+a microsecond each, so that rarest-first is exact without an index to maintain.
+
+Rules (numbers of the distribution strategy in docs/P2P_ARCHITECTURE.md):
+* a chunk is in flight at one peer only; a second request only when a peer has nothing else to be asked for and the
+  first one is later than three times its expectation;
+* requests in flight per peer = max(k, ceil(rate * round trip * 2 / chunk)); k = 1 with eight or more other
+  leechers, 2 with some, 4 with none; all peers together stay below the memory cap;
+* rarest first, ties at random; with nobody but seeds, runs of consecutive chunks (kind to disks on both sides);
+* busy: 50 ms of rest; failures: 0.5 s doubled up to 30 s, and a minute after three in a row while others are there;
+* NEXT: while other leechers exist, a seed is asked to choose (rules 4-12) until it has nothing new.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+
+from fastcas import limits
+
+__all__ = ["Ask", "PeerState", "Scheduler", "bits", "from_bitfield", "lowest_bits"]
+
+BUSY_S = 0.05
+FAILURE_MIN_S = 0.5
+FAILURE_MAX_S = 30.0
+ALONE_MAX_S = 2.0  # the same when nobody else is left to ask
+PARK_S = 60.0
+PARK_AFTER = 3
+HEDGE_FACTOR = 3.0
+HEDGE_MIN_S = 0.5  # below, jitter of a healthy peer would look late
+TURNAROUND_S = 0.003  # our own part of a round trip: completion queue, loop, decision
+RATE_WINDOW_S = 0.1
+WINDOW_MAX = 512
+NEXT_AGAIN_S = 0.5
+NEXT_BY_NAME_S = 2.0
+
+
+def bits(number: int) -> Iterator[int]:
+    """Yield the set bits of a chunk set in ascending order. Cost: one pass, for sets of any density."""
+    text = bin(number)[:1:-1]
+    at = text.find("1")
+    while at >= 0:
+        yield at
+        at = text.find("1", at + 1)
+
+
+def lowest_bits(number: int, count: int) -> list[int]:
+    """Return the first `count` members of a chunk set."""
+    out: list[int] = []
+    for bit in bits(number):
+        if len(out) == count:
+            break
+        out.append(bit)
+    return out
+
+
+_MIRROR = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def from_bitfield(data: bytes, n: int) -> int:
+    """Return the chunk set of a wire bitfield (bit i = byte i // 8, mask 0x80 >> i % 8); bits past n are dropped."""
+    return int.from_bytes(data.translate(_MIRROR), "little") & ((1 << n) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request to make: chunk `index` of `peer`, or (None) a chunk that the peer chooses."""
+
+    peer: Hashable
+    index: int | None
+
+
+@dataclass(slots=True)
+class PeerState:
+    """What the scheduler knows of one peer."""
+
+    key: Hashable
+    have: int = 0
+    is_seed: bool = False
+    in_flight: dict[int, float] = field(default_factory=dict)
+    rate_Bps: float = 0.0
+    rtt_s: float = 0.0
+    rest_until: float = 0.0
+    n_failures: int = 0
+    banned: str | None = None
+    cursor: int = 0
+    gives_next: bool = True
+    n_next: int = 0
+    nothing_new_at: float | None = None
+    window_started: float = 0.0
+    window_bytes: int = 0
+
+
+class Scheduler:
+    """Decides for one file. Times are any monotonic seconds that the caller passes in."""
+
+    def __init__(
+        self,
+        n_chunks: int,
+        chunk_size: int,
+        *,
+        wanted: int,
+        rng: random.Random,
+        memory_max: int = limits.RECEIVE_MEMORY_MAX,
+    ) -> None:
+        """Start with nobody to ask.
+
+        Args:
+            n_chunks: Data and parity chunks.
+            chunk_size: Bytes.
+            wanted: The chunks to fetch.
+            rng: Source of all randomness.
+            memory_max: Bytes in flight, all peers together (at least four chunks).
+        """
+        self.n_chunks = n_chunks
+        self.chunk_size = chunk_size
+        self.full = (1 << n_chunks) - 1
+        self.wanted = wanted
+        self.free = wanted
+        self.allowed = self.full
+        self.peers: dict[Hashable, PeerState] = {}
+        self.max_in_flight = max(4, memory_max // chunk_size)
+        self.n_in_flight = 0
+        self.n_partial = 0
+        self._rng = rng
+        self._holders: dict[int, int] = {}  # chunk -> requests in flight
+        self._levels: list[int] = [self.full]  # _levels[c] = chunks that exactly c partial peers have
+
+    # --- peers ---
+
+    def add_peer(self, key: Hashable) -> None:
+        """Know a peer, without anything to ask it for yet. A banned one stays banned."""
+        if key not in self.peers:
+            self.peers[key] = PeerState(key, cursor=self._rng.randrange(max(1, self.n_chunks)))
+
+    def set_have(self, key: Hashable, have: int, *, is_seed: bool) -> None:
+        """Replace what a peer has.
+
+        Args:
+            have: Chunk set.
+            is_seed: It has the whole file, so it may be asked for NEXT, and says nothing about rarity.
+        """
+        peer = self.peers[key]
+        have &= self.full
+        old_counted = 0 if peer.is_seed else peer.have
+        new_counted = 0 if is_seed else have
+        if added := new_counted & ~old_counted:
+            self._shift(added, 1)
+        if removed := old_counted & ~new_counted:
+            self._shift(removed, -1)
+        self.n_partial += (not is_seed and have != 0) - (not peer.is_seed and peer.have != 0)
+        peer.have = have
+        peer.is_seed = is_seed
+
+    def _shift(self, chunks: int, by: int) -> None:
+        """Move chunks one level of rarity up or down."""
+        levels = self._levels
+        order = range(len(levels) - 1, -1, -1) if by > 0 else range(len(levels))
+        for level in order:
+            moved = levels[level] & chunks
+            if not moved:
+                continue
+            levels[level] ^= moved
+            if level + by == len(levels):
+                levels.append(0)
+            levels[level + by] |= moved
+
+    def ban(self, key: Hashable, reason: str) -> None:
+        """Never ask a peer again; what it was asked for is free again."""
+        self.disconnect(key)
+        self.peers[key].banned = reason
+
+    def disconnect(self, key: Hashable) -> None:
+        """Forget what a peer has and what it was asked for; it may come back with `set_have`."""
+        peer = self.peers[key]
+        for index in list(peer.in_flight):
+            self.lost(key, index)
+        peer.n_next = 0
+        self.set_have(key, 0, is_seed=False)
+
+    # --- answers ---
+
+    def asked(self, key: Hashable, index: int, now: float) -> None:
+        """A NEXT answer turned out to be chunk `index`; it is counted as if it had been asked for by number."""
+        peer = self.peers[key]
+        peer.n_next = max(0, peer.n_next - 1)
+        self._take(peer, index, now)
+
+    def done(self, index: int) -> None:
+        """Chunk `index` is here (from a peer or from this machine)."""
+        mask = ~(1 << index)
+        self.wanted &= mask
+        self.free &= mask
+
+    def want(self, index: int) -> None:
+        """Chunk `index` is needed after all."""
+        bit = 1 << index
+        self.wanted |= bit
+        if index not in self._holders:
+            self.free |= bit
+
+    def completed(self, key: Hashable, index: int, now: float, size: int, connect_s: float) -> None:
+        """A peer delivered a chunk that is right.
+
+        Args:
+            size: Bytes.
+            connect_s: How long its connection took to open: a round trip.
+        """
+        peer = self.peers[key]
+        self._release(peer, index)
+        self.done(index)
+        peer.n_failures = 0
+        if connect_s > 0:
+            peer.rtt_s = min(peer.rtt_s, connect_s) if peer.rtt_s else connect_s
+        peer.window_bytes += size
+        elapsed = now - peer.window_started
+        if elapsed >= RATE_WINDOW_S:
+            sample = peer.window_bytes / elapsed
+            peer.rate_Bps = sample if peer.rate_Bps == 0 else 0.5 * (peer.rate_Bps + sample)
+            peer.window_started, peer.window_bytes = now, 0
+
+    def busy(self, key: Hashable, index: int | None, now: float) -> None:
+        """The peer has no upload slot: the chunk is free again, the peer rests for 50 ms."""
+        self.lost(key, index)
+        peer = self.peers[key]
+        peer.rest_until = max(peer.rest_until, now + BUSY_S)
+
+    def missing(self, key: Hashable, index: int) -> None:
+        """The peer does not have chunk `index`, whatever it said."""
+        self.lost(key, index)
+        peer = self.peers[key]
+        self.set_have(key, peer.have & ~(1 << index), is_seed=False)
+
+    def nothing_new(self, key: Hashable, now: float) -> None:
+        """A seed answered NEXT with 204."""
+        peer = self.peers[key]
+        peer.n_next = max(0, peer.n_next - 1)
+        peer.nothing_new_at = now
+
+    def no_next(self, key: Hashable) -> None:
+        """A seed does not know NEXT: an ordinary peer from now on."""
+        peer = self.peers[key]
+        peer.n_next = 0
+        peer.gives_next = False
+
+    def lost(self, key: Hashable, index: int | None) -> None:
+        """A request came to nothing, without blame."""
+        peer = self.peers[key]
+        if index is None:
+            peer.n_next = max(0, peer.n_next - 1)
+        else:
+            self._release(peer, index)
+
+    def failed(self, key: Hashable, index: int | None, now: float) -> None:
+        """A request failed at the network: the peer rests, longer each time."""
+        self.lost(key, index)
+        self.rest(key, now)
+
+    def rest(self, key: Hashable, now: float) -> float:
+        """Let a peer rest after a network failure; returns until when."""
+        peer = self.peers[key]
+        if peer.rest_until > now:  # the other requests of the same broken connection
+            return peer.rest_until
+        peer.n_failures += 1
+        others = any(p is not peer and p.banned is None and p.have and p.rest_until <= now for p in self.peers.values())
+        pause = min(FAILURE_MAX_S if others else ALONE_MAX_S, FAILURE_MIN_S * 2.0 ** min(peer.n_failures - 1, 10))
+        if others and peer.n_failures >= PARK_AFTER:
+            pause = PARK_S
+        peer.rest_until = now + pause * (0.5 + 0.5 * self._rng.random())
+        return peer.rest_until
+
+    # --- decisions ---
+
+    def decide(self, now: float) -> list[Ask]:  # hot
+        """Return the requests to make now; they count as made."""
+        asks: list[Ask] = []
+        ready = [peer for peer in self.peers.values() if peer.have and peer.banned is None and peer.rest_until <= now]
+        if not ready:
+            return asks
+        self._ask_next(ready, now, asks)
+        floor = self._floor()
+        room = {id(peer): self._window(peer, floor) - len(peer.in_flight) for peer in ready}
+        open_peers = [peer for peer in ready if room[id(peer)] > 0]
+        idle: list[PeerState] = []
+        while open_peers and self.n_in_flight < self.max_in_flight:
+            at = self._rng.randrange(len(open_peers)) if len(open_peers) > 1 else 0
+            peer = open_peers[at]
+            index = self._pick(peer, now)
+            if index is None:
+                open_peers.pop(at)
+                idle.append(peer)
+                continue
+            self._take(peer, index, now)
+            asks.append(Ask(peer.key, index))
+            room[id(peer)] -= 1
+            if room[id(peer)] <= 0:
+                open_peers.pop(at)
+        for peer in idle:
+            if not peer.in_flight and self.n_in_flight < self.max_in_flight:
+                index = self._late_chunk(peer, now)
+                if index is not None:
+                    self._take(peer, index, now)
+                    asks.append(Ask(peer.key, index))
+        return asks
+
+    def wake_at(self, now: float) -> float | None:
+        """Return when `decide` may have something new without an answer, or None."""
+        times = [
+            peer.rest_until
+            for peer in self.peers.values()
+            if peer.banned is None and peer.have and peer.rest_until > now
+        ]
+        if self.n_in_flight and len(self.peers) > 1:
+            times.append(now + HEDGE_MIN_S)
+        if self.n_partial and self.free:
+            times.append(now + NEXT_AGAIN_S)
+        return min(times, default=None)
+
+    def usable_peers(self) -> list[PeerState]:
+        """Peers that are not banned and have something."""
+        return [peer for peer in self.peers.values() if peer.banned is None and peer.have]
+
+    def unheld(self) -> int:
+        """Return the wanted chunks that no usable peer has, as a chunk set."""
+        held = 0
+        for peer in self.peers.values():
+            if peer.banned is None:
+                held |= peer.have
+        return self.wanted & ~held
+
+    def late(self, key: Hashable, now: float) -> float:
+        """Return for how many seconds a peer's oldest request has been out, 0 without any."""
+        in_flight = self.peers[key].in_flight
+        return now - min(in_flight.values()) if in_flight else 0.0
+
+    # --- inside ---
+
+    def _floor(self) -> int:
+        if self.n_partial >= 8:
+            return 1
+        return 2 if self.n_partial else 4
+
+    def _window(self, peer: PeerState, floor: int) -> int:
+        delay = peer.rtt_s + TURNAROUND_S
+        return min(WINDOW_MAX, max(floor, math.ceil(peer.rate_Bps * delay * 2 / self.chunk_size)))
+
+    def _take(self, peer: PeerState, index: int, now: float) -> None:
+        if index in peer.in_flight:
+            return
+        if not peer.in_flight:
+            peer.window_started, peer.window_bytes = now, 0
+        peer.in_flight[index] = now
+        self._holders[index] = self._holders.get(index, 0) + 1
+        self.free &= ~(1 << index)
+        self.n_in_flight += 1
+
+    def _release(self, peer: PeerState, index: int) -> None:
+        if peer.in_flight.pop(index, None) is None:
+            return
+        self.n_in_flight -= 1
+        left = self._holders[index] - 1
+        if left:
+            self._holders[index] = left
+            return
+        del self._holders[index]
+        self.free |= self.wanted & (1 << index)
+
+    def _pick(self, peer: PeerState, now: float) -> int | None:
+        candidates = peer.have & self.free & self.allowed
+        if candidates and peer.is_seed and self.n_partial and peer.gives_next:
+            candidates = self._of_seed(peer, candidates, now)
+        if not candidates:
+            return None
+        if self.n_partial == 0:
+            return self._following(peer, candidates)
+        for level in self._levels:
+            rarest = candidates & level
+            if rarest:
+                return self._any(rarest)
+        return self._any(candidates)
+
+    def _of_seed(self, peer: PeerState, candidates: int, now: float) -> int:
+        """What may be asked of a NEXT seed by name: nothing before its first 204; then what leechers have too, and
+        what nobody has offered for two seconds."""
+        if peer.nothing_new_at is None:
+            return 0
+        if now - peer.nothing_new_at >= NEXT_BY_NAME_S:
+            return candidates
+        return candidates & ~self._levels[0]
+
+    def _ask_next(self, ready: list[PeerState], now: float, asks: list[Ask]) -> None:
+        """Rule 8 (two more than the formula stands for "as soon as the header arrives") and rule 12's churn."""
+        if not self.n_partial or not self.free & self.allowed:
+            return
+        seeds = [peer for peer in ready if peer.is_seed and peer.gives_next]
+        if not seeds:
+            return
+        want = math.ceil(4 / (self.n_partial + 1)) + 1 - sum(peer.n_next for peer in seeds)
+        unheld = self.free & self.allowed & self._levels[0]
+        while want > 0:
+            able = [
+                peer
+                for peer in seeds
+                if peer.n_next < 2
+                and (
+                    peer.nothing_new_at is None
+                    or (unheld and peer.n_next == 0 and now - peer.nothing_new_at >= NEXT_AGAIN_S)
+                )
+            ]
+            if not able:
+                return
+            peer = self._rng.choice(able)
+            peer.n_next += 1
+            asks.append(Ask(peer.key, None))
+            want -= 1
+
+    def _late_chunk(self, peer: PeerState, now: float) -> int | None:
+        """A chunk in flight elsewhere that is later than three times its expectation, the latest first."""
+        best: tuple[float, int] | None = None
+        for other in self.peers.values():
+            if other is peer or not other.in_flight:
+                continue
+            rate = other.rate_Bps or self._typical_rate()
+            expected = other.rtt_s + len(other.in_flight) * self.chunk_size / rate if rate else HEDGE_MIN_S
+            limit = max(HEDGE_MIN_S, HEDGE_FACTOR * expected)
+            for index, since in other.in_flight.items():
+                late = now - since - limit
+                if late < 0 or self._holders[index] > 1 or not (peer.have & self.wanted) >> index & 1:
+                    continue
+                if best is None or late > best[0]:
+                    best = (late, index)
+        return best[1] if best else None
+
+    def _typical_rate(self) -> float:
+        rates = sorted(peer.rate_Bps for peer in self.peers.values() if peer.rate_Bps)
+        return rates[len(rates) // 2] if rates else 0.0
+
+    def _following(self, peer: PeerState, candidates: int) -> int:
+        """The next candidate at or after where this peer's run goes on, else the first one."""
+        ahead = candidates >> peer.cursor
+        index = peer.cursor + _lowest(ahead) if ahead else _lowest(candidates)
+        peer.cursor = index + 1
+        return index
+
+    def _any(self, candidates: int) -> int:
+        start = self._rng.randrange(candidates.bit_length())
+        ahead = candidates >> start
+        return start + _lowest(ahead) if ahead else _lowest(candidates)
+
+
+def _lowest(number: int) -> int:
+    return (number & -number).bit_length() - 1
