@@ -111,6 +111,10 @@ def _blob_row(row: tuple[int, int, bytes, int, int, int, int, bytes | None]) -> 
     return BlobRow(number, kind, path, Identity(_unsigned(device), _unsigned(inode), size, mtime_ns), manifest)
 
 
+def _manifest_row(row: tuple[bytes, bytes, int, int, int, int, int, int]) -> ManifestRow:
+    return ManifestRow(row[0], row[1], row[2], row[3], row[4], row[5], row[6], bool(row[7]))
+
+
 _BLOB_COLUMNS = "number, kind, path, device, inode, size, mtime_ns, manifest"
 _MANIFEST_COLUMNS = "hash, file, blob, length, chunk_size, n_chunks, n_parity, complete"
 
@@ -321,13 +325,13 @@ class Catalog:
     def manifest(self, manifest_hash: bytes) -> ManifestRow | None:
         """Return a manifest's row."""
         rows = self.query(f"SELECT {_MANIFEST_COLUMNS} FROM manifests WHERE hash=?", (manifest_hash,))
-        return ManifestRow(*rows[0][:7], bool(rows[0][7])) if rows else None
+        return _manifest_row(rows[0]) if rows else None
 
     def manifests(self, file_hash: bytes | None = None) -> list[ManifestRow]:
         """Return the manifests of one file, complete ones first, or all of them."""
         where, args = ("", ()) if file_hash is None else (" WHERE file=?", (file_hash,))
         rows = self.query(f"SELECT {_MANIFEST_COLUMNS} FROM manifests{where} ORDER BY complete DESC, hash", args)
-        return [ManifestRow(*row[:7], bool(row[7])) for row in rows]
+        return [_manifest_row(row) for row in rows]
 
     def put_manifest(self, row: ManifestRow) -> None:
         """Insert or replace a manifest's row."""

@@ -39,6 +39,7 @@ import struct
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fastcas.errors import CollectionCorrupt
 from fastcas.ids import escape_for_terminal
@@ -165,7 +166,7 @@ class Collection:
         reader.end()
         for paths in (dirs, [entry.path for entry in files], [entry.path for entry in small]):
             raws = [path.encode() for path in paths]
-            if any(a >= b for a, b in zip(raws, raws[1:], strict=False)):
+            if any(a >= b for a, b in pairwise(raws)):
                 raise CollectionCorrupt("collection: paths out of order or repeated")
         check_paths(dirs, [entry.path for entry in files] + [entry.path for entry in small], posix_names=posix_names)
         return cls(tuple(packs), tuple(dirs), tuple(files), tuple(small))

@@ -95,7 +95,7 @@ def register_linked(
         news = insert_linked(core, absolute, identity, manifest)
         row = core.insert_manifest(manifest, complete=True, written=written)
         catalog.put_file(row.file_hash, row.hash, manifest.size, int(time.time()), is_collection, name)
-    core.say_news(news)
+    core.say_news([news])
     if written:
         core.say_manifest(row)
     if core.listener is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,7 +111,7 @@ def _entry(key: str, value: object) -> _Old | str:
     file_hash = key if _HEX.fullmatch(key) else next((value[name] for name in _HASHES if name in value), None)
     if not isinstance(file_hash, str) or not _HEX.fullmatch(file_hash):
         return "no file hash of 64 lower-case hex digits"
-    listed = next((value[name] for name in _CHUNKS if value.get(name)), [])
+    listed: object = next((value[name] for name in _CHUNKS if value.get(name)), [])
     if not isinstance(listed, list):
         return "its chunks are not a list"
     chunks = []
@@ -145,7 +145,7 @@ def _import(core: Core, folder: Path, item: _Old, report: MigrateReport) -> None
             source.close()
         if staged.manifest.file_hash.hex() != item.file_hash:
             raise StoreError(
-                f"its chunks have SHA-256 {staged.manifest.file_hash[:4].hex()}, expected {item.file_hash[:8]}; left out"
+                f"expected SHA-256 {item.file_hash[:8]}, its chunks give {staged.manifest.file_hash[:4].hex()}"
             )
         entry = Entry(staged, escape_for_terminal(item.name) or item.file_hash)
         ingest.publish([entry])
@@ -153,7 +153,7 @@ def _import(core: Core, folder: Path, item: _Old, report: MigrateReport) -> None
     report.bytes += staged.manifest.size
 
 
-def _opener(path: Path):  # type: ignore[no-untyped-def]
+def _opener(path: Path) -> Callable[[], int]:
     return lambda: open_user_file(path, follow=False)
 
 

@@ -78,7 +78,7 @@ def _scan(dir_fd: int, prefix: str, depth: int, out: _Scan, posix_names: bool) -
             try:
                 fd = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
             except OSError as exc:
-                out.refuse(path, exc.strerror)
+                out.refuse(path, f"cannot be opened ({exc.strerror})")
                 continue
             try:
                 _scan(fd, path + "/", depth + 1, out, posix_names)
