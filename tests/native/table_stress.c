@@ -1,0 +1,282 @@
+/* One writer and four readers on one chunk table, for a thread sanitizer: lookups, replacements, removals, blobs,
+ * and moves to new tables, all at once; beside it one ring, one have log and one given board.
+ *
+ * usage: table_stress MILLISECONDS. Exit 0, or 1 with a line that says what was wrong. */
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "table/given.h"
+#include "table/havelog.h"
+#include "table/ring.h"
+#include "table/table.h"
+
+enum { N_KEYS = 2000, N_READERS = 4, N_TABLES = 256, N_GIVEN = 5000, N_HAVE = 200000 };
+
+#define DIE(...)                                                                                                       \
+    do {                                                                                                               \
+        fprintf(stderr, __VA_ARGS__);                                                                                  \
+        fputc('\n', stderr);                                                                                           \
+        exit(1);                                                                                                       \
+    } while (0)
+
+static uint8_t keys[N_KEYS][32];
+static _Atomic int stop;
+/* Tables in the order in which they were made; a reader maps each for itself from its fd. */
+static _Atomic int table_fds[N_TABLES];
+static _Atomic int current;
+static int ring_fd, ring_event, have_fd, given_fd;
+static _Atomic uint64_t n_pushed, n_popped, n_claimed, n_lookups;
+
+static uint64_t now_ms(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000 + (uint64_t)ts.tv_nsec / 1000000;
+}
+
+static uint64_t next_random(uint64_t *state)
+{
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    return *state;
+}
+
+static int new_memfd(const char *name)
+{
+    int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0)
+        DIE("memfd_create failed");
+    return fd;
+}
+
+/* Every place that is ever put for key k satisfies this, so that a reader can tell a torn one. */
+static fcas_place place_for(uint32_t k, uint32_t version)
+{
+    return (fcas_place){.offset = (uint64_t)k << 32 | version, .length = version & 0xffff, .blob = k ^ version};
+}
+
+static void make_table(fcas_table *t, int number)
+{
+    uint8_t secret[16] = {(uint8_t)number};
+    int fd = new_memfd("stress-table");
+    if (fcas_table_create(t, fd, 16384, 1024, 65536, secret) != FCAS_OK)
+        DIE("cannot create table %d", number);
+    atomic_store(&table_fds[number], fd);
+}
+
+static void *write_table(void *unused)
+{
+    (void)unused;
+    uint64_t rng = 88172645463325252ull;
+    fcas_table table;
+    int number = 0;
+    make_table(&table, 0);
+    /* Key 0 is there from the first table on and only ever replaced: readers must always find it. */
+    if (fcas_table_put(&table, FCAS_ENTRY_CHUNK, keys[0], place_for(0, 1)) != FCAS_OK)
+        DIE("first put failed");
+    atomic_store(&current, 1);
+    for (uint32_t version = 2; !atomic_load(&stop); version++) {
+        uint32_t k = (uint32_t)(next_random(&rng) % N_KEYS);
+        fcas_status st;
+        if (k != 0 && version % 3 == 0) {
+            st = fcas_table_remove(&table, FCAS_ENTRY_CHUNK, keys[k]);
+            if (st == FCAS_E_NOTFOUND)
+                st = FCAS_OK;
+        } else {
+            st = fcas_table_put(&table, FCAS_ENTRY_CHUNK, keys[k], place_for(k, version));
+        }
+        if (st == FCAS_OK && version % 64 == 0) {
+            char path[32];
+            int n = snprintf(path, sizeof(path), "blob/%u", version);
+            fcas_blob blob = {.device = version, .inode = version, .size = version};
+            st = fcas_table_put_blob(&table, version / 64 % 1024, &blob, path, (size_t)n);
+            if (st == FCAS_E_ARG) { /* used before in this table */
+                fcas_table_remove_blob(&table, version / 64 % 1024);
+                st = FCAS_OK;
+            }
+        }
+        if (version % 100 == 0)
+            fcas_table_advance(&table);
+        if (st == FCAS_E_FULL && number + 1 < N_TABLES) {
+            fcas_table bigger;
+            make_table(&bigger, number + 1);
+            if (fcas_table_copy(&bigger, &table) != FCAS_OK)
+                DIE("copy to table %d failed", number + 1);
+            fcas_table_unmap(&table);
+            table = bigger;
+            atomic_store(&current, ++number + 1);
+        } else if (st != FCAS_OK && st != FCAS_E_FULL) {
+            DIE("write failed: %d", st);
+        }
+    }
+    fcas_table_unmap(&table);
+    return NULL;
+}
+
+static void check_place(uint32_t k, const fcas_place *p)
+{
+    uint32_t version = (uint32_t)p->offset;
+    fcas_place want = place_for(k, version);
+    if (p->offset != want.offset || p->length != want.length || p->blob != want.blob)
+        DIE("key %u: torn place %llu %u %u", k, (unsigned long long)p->offset, p->length, p->blob);
+}
+
+static void *read_table(void *seed)
+{
+    uint64_t rng = 1 + (uint64_t)(uintptr_t)seed * 2654435761u;
+    fcas_table table = {0};
+    fcas_given given;
+    fcas_havelog have;
+    int mapped = 0;
+    uint32_t seen = 0;
+    if (fcas_given_map(&given, given_fd) != FCAS_OK || fcas_havelog_map(&have, have_fd) != FCAS_OK)
+        DIE("reader cannot map");
+    while (!atomic_load(&stop)) {
+        int newest = atomic_load(&current);
+        if (newest == 0)
+            continue;
+        if (newest != mapped) {
+            fcas_table_unmap(&table);
+            if (fcas_table_map(&table, atomic_load(&table_fds[newest - 1])) != FCAS_OK)
+                DIE("reader cannot map table %d", newest);
+            mapped = newest;
+        }
+        fcas_place place;
+        if (fcas_table_lookup(&table, FCAS_ENTRY_CHUNK, keys[0], &place) != FCAS_OK)
+            DIE("key 0 missed in table %d", mapped);
+        check_place(0, &place);
+        uint32_t first = (uint32_t)(next_random(&rng) % (N_KEYS - 64));
+        fcas_place places[64];
+        uint8_t found[64];
+        fcas_table_lookup_many(&table, FCAS_ENTRY_CHUNK, keys[first], 64, places, found);
+        for (uint32_t i = 0; i < 64; i++)
+            if (found[i])
+                check_place(first + i, &places[i]);
+        fcas_blob blob;
+        char path[FCAS_PATH_MAX_BYTES + 1];
+        if (fcas_table_blob(&table, (uint32_t)(next_random(&rng) % 1024), &blob, path) == FCAS_OK &&
+            (strtoull(path + 5, NULL, 10) != blob.inode || blob.device != blob.inode))
+            DIE("torn blob %s", path);
+        uint32_t chunk;
+        if (fcas_given_claim_from(&given, keys[1], N_GIVEN, 0, next_random(&rng), &chunk) == FCAS_OK)
+            atomic_fetch_add(&n_claimed, 1);
+        uint32_t generation = fcas_havelog_generation(&have);
+        if (generation < seen)
+            DIE("have log went back from %u to %u", seen, generation);
+        if (generation > seen) {
+            uint32_t last;
+            if (fcas_havelog_since(&have, generation - 1, &last, 1) != 1 || last != generation - 1)
+                DIE("have log entry %u is wrong", generation - 1);
+            if (fcas_havelog_refresh(&have) < generation)
+                DIE("have log bits are behind");
+        }
+        seen = generation;
+        atomic_fetch_add(&n_lookups, 65);
+    }
+    fcas_table_unmap(&table);
+    fcas_given_unmap(&given);
+    fcas_havelog_unmap(&have);
+    return NULL;
+}
+
+static void *produce(void *log)
+{
+    fcas_havelog *have = log;
+    fcas_ring ring;
+    uint8_t message[1000];
+    if (fcas_ring_map(&ring, ring_fd, ring_event) != FCAS_OK)
+        DIE("producer cannot map");
+    uint64_t pushed = 0;
+    while (!atomic_load(&stop)) {
+        size_t n = (size_t)(pushed * 7 % sizeof(message));
+        memset(message, (int)(pushed & 0xff), n);
+        fcas_status st = fcas_ring_push(&ring, message, n);
+        if (st == FCAS_OK)
+            pushed++;
+        else if (st != FCAS_E_FULL)
+            DIE("push failed: %d", st);
+        if (pushed < N_HAVE)
+            fcas_havelog_append(have, (uint32_t)pushed);
+    }
+    atomic_store(&n_pushed, pushed);
+    fcas_ring_unmap(&ring);
+    return NULL;
+}
+
+static void *consume(void *unused)
+{
+    (void)unused;
+    fcas_ring ring;
+    uint8_t message[1000];
+    if (fcas_ring_map(&ring, ring_fd, ring_event) != FCAS_OK)
+        DIE("consumer cannot map");
+    uint64_t popped = 0;
+    while (!atomic_load(&stop)) {
+        size_t n;
+        fcas_ring_clear_event(&ring);
+        fcas_status st = fcas_ring_pop(&ring, message, sizeof(message), &n);
+        if (st == FCAS_E_NOTFOUND)
+            continue;
+        if (st != FCAS_OK)
+            DIE("pop failed: %d", st);
+        if (n != popped * 7 % sizeof(message))
+            DIE("message %llu has %zu B", (unsigned long long)popped, n);
+        for (size_t i = 0; i < n; i++)
+            if (message[i] != (uint8_t)popped)
+                DIE("message %llu is torn", (unsigned long long)popped);
+        popped++;
+    }
+    atomic_store(&n_popped, popped);
+    fcas_ring_unmap(&ring);
+    return NULL;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc != 2)
+        DIE("usage: table_stress MILLISECONDS");
+    uint64_t end = now_ms() + strtoull(argv[1], NULL, 10);
+    uint64_t rng = 42;
+    for (uint32_t k = 0; k < N_KEYS; k++)
+        for (int i = 0; i < 32; i++)
+            keys[k][i] = (uint8_t)next_random(&rng);
+    uint8_t secret[16] = {1};
+    fcas_havelog have;
+    ring_fd = new_memfd("stress-ring");
+    given_fd = new_memfd("stress-given");
+    have_fd = new_memfd("stress-have");
+    ring_event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (ring_event < 0 || fcas_ring_create(ring_fd, 65536) != FCAS_OK ||
+        fcas_given_create(given_fd, 16, 4096, secret) != FCAS_OK ||
+        fcas_havelog_create(&have, have_fd, keys[0], keys[1], N_HAVE) != FCAS_OK)
+        DIE("set-up failed");
+    fcas_havelog_append(&have, 0);
+    pthread_t threads[N_READERS + 3];
+    int n = 0;
+    pthread_create(&threads[n++], NULL, write_table, NULL);
+    pthread_create(&threads[n++], NULL, produce, &have);
+    pthread_create(&threads[n++], NULL, consume, NULL);
+    for (uintptr_t i = 0; i < N_READERS; i++)
+        pthread_create(&threads[n++], NULL, read_table, (void *)(i + 1));
+    while (now_ms() < end)
+        usleep(10000);
+    atomic_store(&stop, 1);
+    while (n > 0)
+        pthread_join(threads[--n], NULL);
+    fcas_havelog_unmap(&have);
+    uint64_t claimed = atomic_load(&n_claimed);
+    if (claimed > N_GIVEN || atomic_load(&n_popped) > atomic_load(&n_pushed))
+        DIE("claimed %llu of %d", (unsigned long long)claimed, N_GIVEN);
+    printf("tables %d lookups %llu messages %llu claimed %llu\n", atomic_load(&current),
+           (unsigned long long)atomic_load(&n_lookups), (unsigned long long)atomic_load(&n_popped),
+           (unsigned long long)claimed);
+    return 0;
+}
