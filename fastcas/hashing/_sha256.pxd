@@ -12,6 +12,7 @@ cdef extern from "common/status.h" nogil:
 
 cdef extern from "common/cpu.h" nogil:
     uint32_t fcas_cpu_features()
+    void fcas_cpu_mask(uint32_t allowed)
 
 
 cdef extern from "sha256/sha256.h" nogil:

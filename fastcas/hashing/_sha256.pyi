@@ -18,6 +18,12 @@ def kernel_name() -> str:
 def kernels() -> list[str]:
     """Return the kernels that were built and that this CPU supports, from the slowest to the fastest."""
 
+def _mask_cpu(allowed: int) -> None:
+    """Pretend, for tests, that the CPU has at most these FCAS_CPU_* bits; 2**32 - 1 restores the truth.
+
+    Kernels in use and the process's default stay as they are.
+    """
+
 def self_test(kernel: str | None = None) -> None:
     """Check a kernel against the digests of known messages.
 

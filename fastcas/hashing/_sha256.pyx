@@ -54,6 +54,10 @@ def kernel_name():
     return _default.name.decode("ascii")
 
 
+def _mask_cpu(allowed):
+    fcas_cpu_mask(allowed)
+
+
 def kernels():
     names = []
     cdef uint32_t has = fcas_cpu_features()

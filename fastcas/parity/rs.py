@@ -1,0 +1,144 @@
+"""Reed–Solomon encoding and reconstruction: shapes, lengths and lost slots; the arithmetic is csrc/gf256."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from operator import index
+
+from typing_extensions import Buffer
+
+from fastcas.errors import TooFewShards, UsageError
+from fastcas.limits import PARITY_TOTAL_MAX
+from fastcas.parity._gf256 import Plan
+from fastcas.parity.matrix import cauchy, decode_rows
+
+__all__ = ["ReedSolomon"]
+
+# Plans kept, of all codes together. One takes 40 B per coefficient: 1.6 KiB for 10+4, 630 KiB at the very most.
+CACHED_PLANS = 64
+
+
+@lru_cache(maxsize=CACHED_PLANS)
+def _encode_plan(k: int, m: int, kernel: str | None) -> Plan:
+    return Plan(cauchy(k, m).tobytes(), m, k, kernel=kernel)
+
+
+@lru_cache(maxsize=CACHED_PLANS)
+def _decode_plan(k: int, m: int, used: tuple[int, ...], lost: tuple[int, ...], kernel: str | None) -> Plan:
+    return Plan(decode_rows(k, m, used, lost).tobytes(), len(lost), k, kernel=kernel)
+
+
+class ReedSolomon:
+    """A code of k data and m parity shards: any k of the k + m rebuild the others.
+
+    Immutable; any number of threads may use one object at once, and the GIL is released during the arithmetic.
+
+    Args:
+        k: Data shards, at least 1.
+        m: Parity shards, at least 1; k + m is at most 255.
+        kernel: Name of the kernel to demand, None for the process's (`fastcas.parity.kernel_name()`).
+    Raises:
+        UsageError: k or m is out of range.
+        KernelUnavailable: No such kernel here.
+    Source: the matrix is defined in fastcas/parity/matrix.py.
+    """
+
+    def __init__(self, k: int, m: int, *, kernel: str | None = None) -> None:
+        k, m = index(k), index(m)
+        if k < 1 or m < 1 or k + m > PARITY_TOTAL_MAX:
+            raise UsageError(f"parity: expected k >= 1, m >= 1 and k + m <= {PARITY_TOTAL_MAX}, got {k}+{m}")
+        self._k = k
+        self._m = m
+        self._kernel = kernel
+        self._plan = _encode_plan(k, m, kernel)
+
+    def __repr__(self) -> str:
+        return f"ReedSolomon({self._k}, {self._m})"
+
+    @property
+    def k(self) -> int:
+        """Data shards."""
+        return self._k
+
+    @property
+    def m(self) -> int:
+        """Parity shards."""
+        return self._m
+
+    @property
+    def kernel(self) -> str:
+        """Name of the kernel in use."""
+        return self._plan.kernel
+
+    def encode(self, data: Sequence[Buffer], out: Sequence[Buffer | None] | None = None) -> list[Buffer]:
+        """Compute the m parity shards of k data shards.
+
+        Args:
+            data: k buffers of one length, which may be 0.
+            out: m writable buffers of that length, overwritten; None as a whole or in a slot makes a new `bytes`.
+                They must overlap neither each other nor the data.
+        Returns:
+            The m parity shards: the buffers of `out`, or new ones.
+        Raises:
+            UsageError: A count, a length, an overlap, or a buffer that is read-only; nothing was written.
+        Cost: no copy; new buffers cost more than the arithmetic, so reuse them.
+        """
+        if len(data) != self._k:
+            raise UsageError(f"data: expected {self._k} shards, got {len(data)}; nothing was encoded")
+        if out is not None and len(out) != self._m:
+            raise UsageError(f"out: expected {self._m} shards, got {len(out)}; nothing was encoded")
+        return self._plan.apply(list(data), [None] * self._m if out is None else list(out))
+
+    def reconstruct(
+        self, shards: Sequence[Buffer | None], out: Sequence[Buffer | None] | None = None
+    ) -> list[Buffer]:
+        """Rebuild what is lost, data and parity alike.
+
+        The first k survivors are used; further ones are neither read nor checked, except for their lengths.
+
+        Args:
+            shards: k + m slots, data first; None = lost. All others have one length, which may be 0.
+            out: k + m slots; only those of lost shards are used: a writable buffer of that length, or None for a
+                new `bytes`. They must overlap neither each other nor the survivors that are used.
+        Returns:
+            All k + m shards: survivors as given, lost ones rebuilt.
+        Raises:
+            TooFewShards: Fewer than k survive; nothing was written.
+            UsageError: A count, a length, an overlap, or a buffer that is read-only; nothing was written.
+        Cost: one pass over k survivors; the inverse for a pattern of losses is computed once and cached.
+        """
+        total = self._k + self._m
+        for name, slots in (("shards", shards), ("out", out)):
+            if slots is not None and len(slots) != total:
+                raise UsageError(f"{name}: expected {total} slots, got {len(slots)}; nothing was rebuilt")
+        survivors = [i for i, shard in enumerate(shards) if shard is not None]
+        lost = [i for i, shard in enumerate(shards) if shard is None]
+        if len(survivors) < self._k:
+            raise TooFewShards(
+                f"stripe {self._k}+{self._m}: expected at least {self._k} shards, got {len(survivors)}; "
+                "nothing was rebuilt"
+            )
+        given = [shard for shard in shards if shard is not None]
+        _check_equal_lengths(given, survivors)
+        result: list[Buffer | None] = list(shards)
+        if lost:
+            plan = _decode_plan(self._k, self._m, tuple(survivors[: self._k]), tuple(lost), self._kernel)
+            rebuilt = plan.apply(given[: self._k], [None] * len(lost) if out is None else [out[i] for i in lost])
+            for i, shard in zip(lost, rebuilt, strict=True):
+                result[i] = shard
+        return [shard for shard in result if shard is not None]
+
+
+def _check_equal_lengths(buffers: list[Buffer], slots: list[int]) -> None:
+    """Raise UsageError unless all buffers (of the slots named) have the same number of bytes."""
+    lengths = []
+    for slot, buffer in zip(slots, buffers, strict=True):
+        try:
+            with memoryview(buffer) as view:
+                lengths.append(view.nbytes)
+        except TypeError as exc:
+            raise UsageError(f"shards[{slot}]: expected a buffer or None, got {type(buffer).__name__}") from exc
+    for slot, length in zip(slots, lengths, strict=True):
+        if length != lengths[0]:
+            raise UsageError(f"shards[{slot}]: expected {lengths[0]} B as shard {slots[0]}, got {length} B")
