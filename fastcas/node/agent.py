@@ -193,7 +193,7 @@ class Agent:
         self.downloads = Downloads(
             store=self.store, thread=self.thread, publisher=self.publisher, publish=self.publish,
             announcer=self.announcer, swarmbook=self.swarmbook, node_id=self.node_id, data_port=self.data_port,
-            discovery=self.discovery,
+            discovery=self.discovery, named_peers=self.config.static_peers(),
         )  # fmt: skip
         handler = RequestHandler(self)
         self.operations = Operations(

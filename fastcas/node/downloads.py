@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from fastcas.store import Store
 if TYPE_CHECKING:
     from fastcas.fetch import DownloadResult, Progress
 
-__all__ = ["Downloads", "Running", "result_to_map"]
+__all__ = ["Downloads", "ProgressRelay", "Running", "result_to_map"]
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,6 @@ class Running:
     rate_Bps: float = 0.0
     peers: int = 0
     waiting_on: str = ""
-    reported_at: float = field(default=0.0, repr=False)
 
     def to_map(self) -> dict[str, Any]:
         """Return it as `status` shows it."""
@@ -73,6 +72,30 @@ def result_to_map(result: DownloadResult) -> dict[str, Any]:
     }
 
 
+class ProgressRelay:
+    """A download's progress as plain maps, at most ten times a second."""
+
+    def __init__(self, on_progress: Callable[[dict[str, Any]], None] | None) -> None:
+        self._on_progress = on_progress
+        self._reported_at = 0.0
+
+    def __call__(self, now: Progress) -> None:
+        """Take what the fetch path says."""
+        self._send(now.bytes_done, now.bytes_total, now.rate_Bps, now.peers, now.waiting_on)
+
+    def bytes(self, done: int, total: int) -> None:
+        """Take what a local copy says."""
+        self._send(done, total, 0.0, 0, "")
+
+    def _send(self, done: int, total: int, rate_Bps: float, peers: int, waiting_on: str) -> None:
+        moment = time.monotonic()
+        if self._on_progress is not None and (done == total or moment - self._reported_at >= PROGRESS_S):
+            self._reported_at = moment
+            self._on_progress(
+                {"done": done, "total": total, "rate_Bps": int(rate_Bps), "peers": peers, "waiting_on": waiting_on}
+            )
+
+
 class Downloads:
     """Runs downloads for the agent.
 
@@ -81,6 +104,7 @@ class Downloads:
         node_id: Ours, 40 hex digits.
         data_port: Returns our TCP port, None while nothing is served.
         discovery: Returns where to ask for peers.
+        named_peers: That the user named, to be asked for every file.
     """
 
     def __init__(
@@ -95,6 +119,7 @@ class Downloads:
         node_id: str,
         data_port: Callable[[], int | None],
         discovery: Callable[[], Discovery],
+        named_peers: Sequence[PeerAddr] = (),
     ) -> None:
         self._store = store
         self._thread = thread
@@ -105,6 +130,7 @@ class Downloads:
         self._node_id = node_id
         self._data_port = data_port
         self._discovery = discovery
+        self._named_peers = tuple(named_peers)
         self._numbers = itertools.count(1)
         self._running: dict[int, Running] = {}
 
@@ -138,17 +164,16 @@ class Downloads:
         local = TableChunks(self._publisher)
         seeding = Seeding(self._store, self._thread, self._publisher, self._publish, self._on_offered)
 
+        relay = ProgressRelay(on_progress)
+
         def progress(now: Progress) -> None:
             running.done, running.total, running.rate_Bps = now.bytes_done, now.bytes_total, now.rate_Bps
-            running.peers, running.waiting_on = now.peers, str(now.waiting_on or "")
-            moment = time.monotonic()
-            if on_progress is not None and moment - running.reported_at >= PROGRESS_S:
-                running.reported_at = moment
-                on_progress(running.to_map())
+            running.peers, running.waiting_on = now.peers, now.waiting_on
+            relay(now)
 
         try:
             result = await download(
-                link, out, discovery=self._discovery(), peers=[*peers, *link.peers], local=local,
+                link, out, discovery=self._discovery(), peers=[*peers, *self._named_peers], local=local,
                 node_id=self._node_id, data_port=self._data_port(), timeout_s=timeout_s, hooks=seeding,
                 progress=progress, raw=raw, force=force,
             )  # fmt: skip

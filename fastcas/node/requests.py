@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcas.errors import FastCASError, NodeUnavailable, UsageError
-from fastcas.ids import parse_hash, parse_peer, parse_ref
+from fastcas.errors import FastCASError, Interrupted, NodeUnavailable, UsageError
+from fastcas.ids import Link, parse_hash, parse_peer, parse_ref
 from fastcas.limits import FETCH_TIMEOUT_S
 from fastcas.metadata import FileMetadata, Manifest
 from fastcas.node.announcer import Announcement
@@ -157,10 +157,29 @@ class RequestHandler:
             out = Path(os.fsdecode(args["folder"])) / name
         if not out.is_absolute():
             raise UsageError("out: expected an absolute path")
+        here = await self._export(request, link, out)
+        if here is not None:
+            return here
         return await self._agent.downloads.get(
             link, out, peers=peers, timeout_s=timeout_s, raw=bool(args.get("raw")), force=bool(args.get("force")),
             on_progress=request.progress,
         )  # fmt: skip
+
+    async def _export(self, request: Request, link: Link, out: Path) -> dict[str, Any] | None:
+        """Answer a `get` from this store alone, where it has everything."""
+        from fastcas.node.export import export
+
+        loop = asyncio.get_running_loop()
+
+        def progress(done: int, total: int) -> None:
+            if request.cancelled.is_set():
+                raise Interrupted(f"get: stopped after {done} of {total} B")
+            loop.call_soon_threadsafe(request.progress, {"done": done, "total": total, "rate_Bps": 0, "peers": 0})
+
+        raw, force = bool(request.args.get("raw")), bool(request.args.get("force"))
+        return await self._agent.thread.run(
+            export, self._agent.store, link, out, raw=raw, force=force, progress=progress
+        )
 
     async def _peers(self, request: Request) -> dict[str, Any]:
         link = parse_ref(str(request.args["ref"]))

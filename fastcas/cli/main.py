@@ -1,0 +1,380 @@
+"""`fastcas`: store, get and the rest of architecture §9. Each command asks the running node, or works on the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from fastcas.cli.render import ProgressShow, bytes_text, print_json, print_line, print_table
+from fastcas.cli.runner import resume_hint, run_command
+from fastcas.config import storage_root
+from fastcas.errors import DamageFound, NotFound, PermissionDenied, UsageError
+from fastcas.ids import escape_for_terminal, parse_parity, parse_peer, parse_ref, parse_size
+
+if TYPE_CHECKING:
+    from fastcas.node.access import Access
+
+__all__ = ["command", "main"]
+
+PROGRAM = "fastcas"
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _storage_option(function: F) -> F:
+    return click.option(
+        "--storage-dir", metavar="DIR", envvar="FASTCAS_STORAGE", default="storage",
+        help="storage folder; the default is $FASTCAS_STORAGE, else ./storage",
+    )(function)  # fmt: skip
+
+
+def _json_option(function: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout")(function)
+
+
+def _network_options(function: F) -> F:
+    for option in (
+        click.option("--timeout", type=click.FloatRange(min=0.001), default=30.0, show_default=True, metavar="SECONDS",
+                     help="how long to wait for the first peer and the manifest"),
+        click.option("--bootstrap", multiple=True, metavar="HOST:PORT", envvar="FASTCAS_BOOTSTRAP",
+                     help="a DHT node to ask through (repeatable)"),
+        click.option("--peer", "peers", multiple=True, metavar="HOST:PORT", envvar="FASTCAS_PEER",
+                     help="a node to ask, without discovery (repeatable)"),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+@contextlib.contextmanager
+def _access(storage_dir: str, *, create: bool = False, optional: bool = False) -> Iterator[Access]:
+    from fastcas.node.access import open_access
+
+    access = open_access(storage_root(storage_dir), create=create, optional=optional)
+    try:
+        yield access
+    finally:
+        access.close()
+
+
+@click.group(PROGRAM, no_args_is_help=False, invoke_without_command=False)
+@click.version_option(package_name="fastcas", prog_name=PROGRAM)
+def command() -> None:
+    """Move big files to many machines: every byte proven, no server needed."""
+    level = logging.getLevelNamesMapping().get(os.environ.get("FASTCAS_LOG", "ERROR").upper(), logging.ERROR)
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s %(name)s: %(message)s")
+
+
+@command.command("store")
+@click.argument("path", metavar="PATH")
+@_storage_option
+@click.option("--chunk-size", metavar="SIZE|auto", default="auto", show_default=True, help="16KiB to 16MiB")
+@click.option("--parity", metavar="K+M", help="M parity chunks for every K data chunks")
+@click.option("--in-place", is_flag=True, help="seed from the file where it is, without a copy")
+@_json_option
+def store_command(
+    path: str, storage_dir: str, chunk_size: str, parity: str | None, in_place: bool, as_json: bool
+) -> None:
+    """Store a file or directory, and announce it if a node runs on the storage folder."""
+    args: dict[str, Any] = {
+        "path": os.fsencode(os.path.realpath(path)),
+        "chunk_size": None if chunk_size == "auto" else parse_size(chunk_size, "--chunk-size"),
+        "parity": list(parse_parity(parity, "--parity")) if parity else None,
+        "in_place": in_place,
+    }
+    fd = _open_source(path)
+    try:
+        args["is_dir"] = os.path.isdir(f"/proc/self/fd/{fd}")
+        args["name"] = os.path.basename(os.path.realpath(path))
+        with _access(storage_dir, create=True) as access, ProgressShow("storing", as_json=as_json) as show:
+            stored = access.call("store", args, [] if args["is_dir"] else [fd], show)
+    finally:
+        os.close(fd)
+    if as_json:
+        print_json(stored)
+    else:
+        print_line(f"File stored with hash: {stored['file_hash']}")
+        print_line(f"Link: {stored['link']}")
+
+
+def _open_source(path: str) -> int:
+    shown = escape_for_terminal(path)
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as exc:
+        raise NotFound(f"{shown}: no such file or directory") from exc
+    except PermissionError as exc:
+        raise PermissionDenied(f"{shown}: permission denied") from exc
+    except OSError as exc:
+        raise UsageError(f"PATH: {shown}: {exc.strerror}") from exc
+
+
+@command.command("get")
+@click.argument("ref", metavar="REF")
+@click.option("-o", "out", metavar="PATH", help="file (for a directory: folder) to create")
+@_storage_option
+@_network_options
+@click.option("--force", is_flag=True, help="replace a destination with other content")
+@click.option("--raw", is_flag=True, help="fetch a collection as the file that describes it")
+@_json_option
+def get_command(
+    ref: str, out: str | None, storage_dir: str, peers: tuple[str, ...], bootstrap: tuple[str, ...], timeout: float,
+    force: bool, raw: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Fetch a file or directory by its hash or link, and print its path."""
+    link = parse_ref(ref)
+    for text in peers:
+        parse_peer(text, "--peer")
+    for text in bootstrap:
+        parse_peer(text, "--bootstrap")
+    if out is not None and not out:
+        raise UsageError("-o: expected a path, got ''")
+    args = {
+        "ref": str(link), "out": os.fsencode(os.path.abspath(out)) if out is not None else None,
+        "folder": os.fsencode(os.getcwd()), "peers": list(peers), "bootstrap": list(bootstrap), "timeout_s": timeout,
+        "raw": raw, "force": force,
+    }  # fmt: skip
+    resume_hint(shlex.join([PROGRAM, *sys.argv[1:]]))
+    with _access(storage_dir, optional=True) as access, ProgressShow("fetching", as_json=as_json) as show:
+        result = access.call("get", args, on_progress=show)
+    if as_json:
+        print_json(result)
+    else:
+        shown = Path(result["path"])
+        print_line(str(shown) if out is None or os.path.isabs(out) else out)
+        _say_sources(result)
+
+
+def _say_sources(result: dict[str, Any]) -> None:
+    parts = [f"{bytes_text(count)} from {peer}" for peer, count in sorted(result["bytes_by_peer"].items())]
+    if result["local_bytes"]:
+        parts.append(f"{bytes_text(result['local_bytes'])} from this machine")
+    if result["resumed_bytes"]:
+        parts.append(f"{bytes_text(result['resumed_bytes'])} resumed")
+    banned = [f"; banned {peer}: {escape_for_terminal(reason)}" for peer, reason in result["banned"].items()]
+    seconds = max(result["seconds"], 0.001)
+    rate = bytes_text(result["size"] / seconds)
+    sys.stderr.write(f"{bytes_text(result['size'])} in {seconds:.1f} s, {rate}/s: {', '.join(parts)}{''.join(banned)}\n")
+
+
+@command.command("ls")
+@_storage_option
+@_json_option
+def ls_command(storage_dir: str, as_json: bool) -> None:
+    """List what is stored."""
+    with _access(storage_dir) as access:
+        result = access.call("ls", {})
+    if as_json:
+        print_json(result)
+        return
+    rows = [
+        [row["file_hash"], bytes_text(row["size"]), _flags(row), row["name"] or "-"]
+        for row in result["files"]
+        if not (row["is_member"] and not row["name"])
+    ]
+    print_table(rows)
+
+
+def _flags(row: dict[str, Any]) -> str:
+    flags = [
+        word
+        for word, is_set in (
+            ("collection", row["is_collection"]),
+            ("in-place", row["path"] is not None),
+            ("incomplete", not row["is_complete"]),
+            ("pinned", row["pinned"]),
+        )
+        if is_set
+    ]
+    return ",".join(flags) or "file"
+
+
+@command.command("info")
+@click.argument("ref", metavar="REF")
+@_storage_option
+@_json_option
+def info_command(ref: str, storage_dir: str, as_json: bool) -> None:
+    """Show what is known of one stored file."""
+    link = parse_ref(ref)
+    with _access(storage_dir) as access:
+        result = access.call("info", {"ref": str(link)})
+    if as_json:
+        print_json(result)
+        return
+    row = result["file"]
+    lines = [
+        ["hash", row["file_hash"]],
+        ["name", row["name"] or "-"],
+        ["size", f"{row['size']} B"],
+        ["kind", _flags(row)],
+        ["link", row["link"]],
+    ]
+    if row["path"] is not None:
+        lines.append(["path", row["path"]])
+    for manifest in result["manifests"]:
+        parity = f", parity {manifest['parity']}: {manifest['n_parity']} chunks" if manifest["parity"] else ""
+        lines.append(
+            ["manifest", f"{manifest['manifest_hash']} {manifest['n_chunks']} chunks of {manifest['chunk_size']} B{parity}"]
+        )
+    print_table(lines)
+
+
+@command.command("peers")
+@click.argument("ref", metavar="REF")
+@_storage_option
+@_network_options
+@_json_option
+def peers_command(
+    ref: str, storage_dir: str, peers: tuple[str, ...], bootstrap: tuple[str, ...], timeout: float, as_json: bool
+) -> None:
+    """List the peers that are known to have a file."""
+    link = parse_ref(ref)
+    for text in (*peers, *bootstrap):
+        parse_peer(text, "--peer")
+    args = {"ref": str(link), "peers": list(peers), "bootstrap": list(bootstrap), "timeout_s": timeout}
+    with _access(storage_dir, optional=True) as access:
+        result = access.call("peers", args)
+    if as_json:
+        print_json(result)
+    else:
+        print_table([[f"{ip}:{port}", node_id or "-", source] for node_id, ip, port, source in result["peers"]])
+    if not result["peers"]:
+        raise NotFound(f"no peer has {link.file_hash.hex()}")
+
+
+@command.command("status")
+@_storage_option
+@_json_option
+def status_command(storage_dir: str, as_json: bool) -> None:
+    """Show the running node: processes, ports, contents, downloads."""
+    with _access(storage_dir) as access:
+        status = access.call("status", {})
+    if as_json:
+        print_json(status)
+    else:
+        print_table(_status_rows(status))
+
+
+def _status_rows(status: dict[str, Any]) -> list[list[str]]:
+    kept = status["store"]
+    rows = [["storage", status["storage"]]]
+    if status["node_id"] is None:
+        rows.append(["node", "not running"])
+    else:
+        data, dht = status["data"], status["dht"]
+        rows += [
+            ["node", f"{status['node_id']} {status['label']}".rstrip()],
+            ["supervisor", f"pid {status['pid']}, up {status['uptime_s']:.0f} s"],
+            ["data", f"tcp://{data['host']}:{data['port']}" if data["port"] else "off"],
+            ["dht", f"udp port {dht['port']}, {dht['contacts']} contacts" if dht else "off"],
+        ]
+        for worker in status["workers"]:
+            counters = worker["counters"]
+            rows.append(
+                ["worker", f"pid {worker['pid']}, {counters['active']} connections, {counters['requests']} requests, "
+                           f"{bytes_text(counters['bytes_sent'])} sent"]
+            )  # fmt: skip
+    rows += [
+        ["files", str(kept["files"])],
+        ["chunks", str(kept["chunks"])],
+        ["stored", f"{bytes_text(kept['stored'])} of {bytes_text(kept['logical'])}, {bytes_text(kept['linked'])} in place"],
+    ]
+    for item in status.get("downloads", []):
+        rate = bytes_text(item["rate_Bps"])
+        rows.append(["download", f"{item['name']} {bytes_text(item['done'])} of {bytes_text(item['total'])}, {rate}/s"])
+    return rows
+
+
+@command.command("verify")
+@click.option("--repair", is_flag=True, help="mend what can be mended: other copies, parity, peers")
+@_storage_option
+@_json_option
+def verify_command(repair: bool, storage_dir: str, as_json: bool) -> None:
+    """Read everything that is stored and check it."""
+    with _access(storage_dir) as access, ProgressShow("verifying", as_json=as_json) as show:
+        report = access.call("verify", {"repair": repair}, on_progress=show)
+    if as_json:
+        print_json(report)
+    else:
+        for item in report["damages"]:
+            state = f"repaired from {item['repaired_by']}" if item["repaired_by"] else "damaged"
+            where = f" at {item['offset']} of {item['path']}" if item["path"] else ""
+            print_line(escape_for_terminal(f"{state}: {item['kind']} {item['hash']}{where}: {item['reason']}"))
+        print_line(
+            f"{report['chunks']} chunks, {bytes_text(report['bytes'])}, {report['manifests']} manifests checked: "
+            f"{report['n_damaged']} damaged, {report['n_repaired']} repaired"
+        )
+    if not report["is_clean"]:
+        left = report["n_damaged"] - report["n_repaired"]
+        raise DamageFound(f"verify: {left} damaged and not repaired")
+
+
+@command.command("rm")
+@click.argument("ref", metavar="REF")
+@_storage_option
+@_json_option
+def rm_command(ref: str, storage_dir: str, as_json: bool) -> None:
+    """Forget a file; `gc` then frees its space."""
+    link = parse_ref(ref)
+    with _access(storage_dir) as access:
+        result = access.call("rm", {"ref": str(link)})
+    if as_json:
+        print_json(result)
+    else:
+        print_line(f"Removed {result['file_hash']}; run gc to free its space")
+
+
+@command.command("gc")
+@_storage_option
+@_json_option
+def gc_command(storage_dir: str, as_json: bool) -> None:
+    """Free the space of what no stored file needs."""
+    with _access(storage_dir) as access:
+        result = access.call("gc", {})
+    if as_json:
+        print_json(result)
+    else:
+        print_line(f"Freed {bytes_text(result['bytes_freed'])} of {result['chunks']} chunks")
+
+
+@command.command("migrate")
+@click.argument("old_dir", metavar="DIR")
+@_storage_option
+@_json_option
+def migrate_command(old_dir: str, storage_dir: str, as_json: bool) -> None:
+    """Import a storage folder of the older layout."""
+    path = os.fsencode(os.path.realpath(old_dir))
+    with _access(storage_dir, create=True) as access:
+        result = access.call("migrate", {"path": path})
+    if as_json:
+        print_json(result)
+        return
+    for stored in result["files"]:
+        print_line(f"{stored['file_hash']}  {escape_for_terminal(stored['name'])}")
+    for subject, reason in result["left_out"]:
+        sys.stderr.write(f"left out {subject}: {reason}\n")
+    print_line(f"Imported {len(result['files'])} files, {bytes_text(result['bytes'])}")
+
+
+@command.command("index")
+@_storage_option
+@_json_option
+def index_command(storage_dir: str, as_json: bool) -> None:
+    """Print a cas_index.json of what is stored."""
+    with _access(storage_dir) as access:
+        print_json(access.call("index", {})["index"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `fastcas`; returns the exit status."""
+    return run_command(command, PROGRAM, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

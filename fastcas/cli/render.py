@@ -1,0 +1,91 @@
+"""What people see: tables and lines on stdout, progress bars on stderr, and only on a terminal.
+
+Text that came from peers or disks is escaped. `--json` output is one object on one line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from fastcas.ids import escape_for_terminal
+
+__all__ = ["ProgressShow", "bytes_text", "print_json", "print_line", "print_table"]
+
+
+def print_line(text: str) -> None:
+    """Write one line of the result."""
+    sys.stdout.write(text + "\n")
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """Write one JSON object as one line."""
+    sys.stdout.write(json.dumps(values, separators=(",", ":")) + "\n")
+    sys.stdout.flush()
+
+
+def bytes_text(count: float) -> str:
+    """Return a number of bytes for people: powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """Write rows as columns, two blanks apart; cells are escaped."""
+    cells = [[escape_for_terminal(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))] if cells else []
+    for row in cells:
+        print_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+class ProgressShow:
+    """Shows progress: JSON lines on stdout with `--json`, a bar on a terminal, else nothing.
+
+    Used as a context manager; calling it takes an interim answer.
+    """
+
+    def __init__(self, title: str, *, as_json: bool) -> None:
+        self._title = escape_for_terminal(title)
+        self._as_json = as_json
+        self._bar: Any = None
+        self._task: Any = None
+        self._last_s = 0.0
+
+    def __enter__(self) -> ProgressShow:
+        """Begin to show."""
+        if not self._as_json and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+                TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task(self._title, total=None, note="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, values: dict[str, Any]) -> None:
+        """Show an interim answer {"done", "total", …}."""
+        if self._as_json:
+            now = time.monotonic()
+            if now - self._last_s >= 0.5:
+                self._last_s = now
+                print_json({"progress": values})
+        elif self._bar is not None:
+            waiting = values.get("waiting_on") or ""
+            note = f"waiting for {escape_for_terminal(waiting)}" if waiting else f"{values.get('peers', 0)} peers"
+            self._bar.update(
+                self._task, completed=values["done"], total=values["total"] or None,
+                note=note if "peers" in values else "",
+            )  # fmt: skip

@@ -1,0 +1,218 @@
+"""One way to do a command: through the node that runs on a storage folder, or on the folder itself.
+
+`open_access` finds out which. Both sides take and return the same plain maps, so that commands and one-liners do
+not care. Blocking; for one thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastcas.errors import FastCASError, NodeUnavailable, NotFound, StoreError, StoreLocked, StoreNotFound
+from fastcas.ids import Link, PeerAddr, parse_peer, parse_ref, short
+from fastcas.limits import FETCH_TIMEOUT_S
+from fastcas.node.control_client import ControlClient
+from fastcas.node.operations import LOCAL_OPERATIONS, Operations
+from fastcas.peers.discovery import CompositeDiscovery, Discovery, StaticDiscovery
+from fastcas.store import Store
+from fastcas.store.paths import shown
+
+__all__ = ["Access", "FolderAccess", "NodeAccess", "open_access"]
+
+OnProgress = Callable[[dict[str, Any]], None]
+PEERS_WANT = 64
+PEERS_DEADLINE_S = 10.0
+
+
+class Access(Protocol):
+    """Where commands go."""
+
+    is_node: bool
+
+    def call(
+        self, op: str, args: dict[str, Any], fds: Sequence[int] = (), on_progress: OnProgress | None = None
+    ) -> dict[str, Any]:
+        """Do one operation and return its result.
+
+        Raises:
+            FastCASError: It failed.
+        """
+
+    def close(self) -> None:
+        """Let go. Idempotent."""
+
+
+class NodeAccess:
+    """Commands go to the running node."""
+
+    is_node = True
+
+    def __init__(self, client: ControlClient) -> None:
+        self._client = client
+
+    def call(
+        self, op: str, args: dict[str, Any], fds: Sequence[int] = (), on_progress: OnProgress | None = None
+    ) -> dict[str, Any]:
+        """See `Access`."""
+        return self._client.call(op, args, fds, on_progress)
+
+    def close(self) -> None:
+        """Hang up; what runs is cancelled."""
+        self._client.close()
+
+
+class FolderAccess:
+    """Commands run in this process. The folder is locked meanwhile; it may be absent for `get` and `peers`."""
+
+    is_node = False
+
+    def __init__(self, root: Path, store: Store | None) -> None:
+        self._root = root
+        self._store = store
+
+    def call(
+        self, op: str, args: dict[str, Any], fds: Sequence[int] = (), on_progress: OnProgress | None = None
+    ) -> dict[str, Any]:
+        """See `Access`."""
+        if op == "get":
+            return asyncio.run(_get(self._store, args, on_progress))
+        if op == "peers":
+            return asyncio.run(_peers(args))
+        if self._store is None:
+            raise StoreNotFound(f"{shown(self._root)}: no such storage folder")
+        if op == "status":
+            return {"node_id": None, "storage": str(self._root), "store": dict(self._store.stats())}
+        if op not in LOCAL_OPERATIONS:
+            raise NodeUnavailable(f"{op}: no node is running on {shown(self._root)}")
+        return Operations(self._store).run(op, args, fds, on_progress)
+
+    def close(self) -> None:
+        """Close the store."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+
+def open_access(root: Path, *, create: bool = False, optional: bool = False) -> Access:
+    """Return the way to a storage folder.
+
+    Args:
+        root: The folder.
+        create: Make it where it is missing.
+        optional: It need not be there, nor be free: the command only profits from it.
+    Raises:
+        StoreNotFound: No such folder (and neither `create` nor `optional`).
+        StoreLocked: In use by another command (and not `optional`).
+        PermissionDenied: The operating system refuses.
+    """
+    try:
+        return NodeAccess(ControlClient(root))
+    except NodeUnavailable:
+        pass
+    try:
+        return FolderAccess(root, Store.open(root, create=create))
+    except (StoreNotFound, StoreLocked):
+        if not optional:
+            raise
+        return FolderAccess(root, None)
+
+
+async def _with_discovery(args: dict[str, Any]) -> tuple[Discovery, Callable[[], Any]]:
+    """Return discovery for one command and how to end it."""
+    from fastcas.peers.dht_process import DhtProcess
+
+    bootstrap = [parse_peer(str(text), "--bootstrap") for text in args.get("bootstrap", [])]
+    named = StaticDiscovery([parse_peer(str(text), "--peer") for text in args.get("peers", [])])
+    if not bootstrap:
+        return named, named.close
+    dht = DhtProcess([(peer.ip, peer.port) for peer in bootstrap])
+    await dht.start()
+    return CompositeDiscovery([named, dht.discovery]), dht.close
+
+
+async def _peers(args: dict[str, Any]) -> dict[str, Any]:
+    link = parse_ref(str(args["ref"]))
+    discovery, close = await _with_discovery(args)
+    deadline_s = min(float(args.get("timeout_s", FETCH_TIMEOUT_S)), PEERS_DEADLINE_S)
+    try:
+        found = discovery.find_file_peers(link.file_hash, PEERS_WANT, deadline_s)
+        return {"peers": [[hint.node_id, hint.ip, hint.port, hint.source] async for hint in found]}
+    finally:
+        await close()
+
+
+async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgress | None) -> dict[str, Any]:
+    from fastcas.fetch import download
+    from fastcas.node.downloads import ProgressRelay, result_to_map
+    from fastcas.node.export import export
+    from fastcas.node.output_name import choose_name
+
+    link = parse_ref(str(args["ref"]))
+    peers = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
+    timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
+    raw, force = bool(args.get("raw")), bool(args.get("force"))
+    relay = ProgressRelay(on_progress)
+    row = store.file(link.file_hash) if store is not None else None
+    out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
+    if store is not None and row is not None:
+        place = out or Path(os.fsdecode(args["folder"])) / await choose_name(link, None, row.name, timeout_s)
+        here = export(store, link, place, raw=raw, force=force, progress=relay.bytes)
+        if here is not None:
+            return here
+    _check_reachable(link, peers, args)
+    discovery, close = await _with_discovery(args)
+    hooks = _Finished()
+    try:
+        if out is None:
+            name = await choose_name(link, discovery, row.name if row is not None else None, timeout_s)
+            out = Path(os.fsdecode(args["folder"])) / name
+        result = await download(
+            link, out, discovery=discovery, peers=peers, local=store, timeout_s=timeout_s, hooks=hooks,
+            progress=relay, raw=raw, force=force,
+        )  # fmt: skip
+    finally:
+        await close()
+    if store is not None:
+        for path, manifest, is_proven in hooks.files:
+            if is_proven:
+                _remember(store, path, manifest)
+    return result_to_map(result)
+
+
+def _check_reachable(link: Link, peers: list[PeerAddr], args: dict[str, Any]) -> None:
+    if not peers and not link.peers and not args.get("bootstrap"):
+        raise NotFound(
+            f"no peer has {link.file_hash.hex()}: none is known; name one with --peer, a DHT node with --bootstrap, "
+            "or run a node on this storage folder"
+        )
+
+
+class _Finished:
+    """Hooks that remember the finished files."""
+
+    def __init__(self) -> None:
+        self.files: list[tuple[Path, Any, bool]] = []
+
+    def on_manifest(self, manifest: Any, part_path: Path) -> None:
+        """Nothing is served while it runs."""
+
+    def on_chunk(self, index: int) -> None:
+        """Nothing is served while it runs."""
+
+    def on_finished(self, path: Path, manifest: Any, content_proven: bool) -> None:
+        """Remember it."""
+        self.files.append((path, manifest, content_proven))
+
+
+def _remember(store: Store, path: Path, manifest: Any) -> None:
+    """Note that a file can be seeded in place; that it cannot is no reason to fail."""
+    import logging
+
+    try:
+        store.register_linked(path, manifest, path.name, verified=True)
+    except (FastCASError, StoreError) as error:
+        logging.getLogger(__name__).warning("file=%s is not remembered: %s", short(manifest.file_hash), error)

@@ -1,0 +1,152 @@
+"""Write a file or collection that the store holds to a place of the user's, without any peer.
+
+Every chunk is checked against its hash as it is copied; the file appears under its name only when it is whole. Runs
+in the store's thread.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastcas.errors import DestinationExists
+from fastcas.fetch.partfile import PartFile, has_content, prepare_folder, storage_error
+from fastcas.ids import Link, short
+from fastcas.metadata import Manifest
+from fastcas.store import Store
+from fastcas.store.collection import Collection
+
+__all__ = ["export"]
+
+Progress = Callable[[int, int], None]
+
+
+class _DamagedError(Exception):
+    """A chunk of the local copy cannot be read."""
+
+
+def export(store: Store, link: Link, out: Path, *, raw: bool, force: bool, progress: Progress) -> dict[str, Any] | None:
+    """Copy what a link names out of the store.
+
+    Args:
+        store: Where it may be.
+        link: File or collection; a manifest hash, where given, must be one that is here.
+        out: File or folder to create.
+        raw: A collection is an ordinary file.
+        force: Replace a destination with other content.
+        progress: Called with (bytes done, bytes total).
+    Returns:
+        What `get` returns, or None when the store does not hold all of it, or its copy is damaged.
+    Raises:
+        DestinationExists: The destination has other content; it was left alone.
+        StoreFull, PermissionDenied, StoreError: The disk refuses.
+    """
+    started = time.monotonic()
+    row = store.file(link.file_hash)
+    if row is None or not row.is_complete:
+        return None
+    manifest = store.manifest(link.manifest_hash or row.manifest_hash)
+    if manifest is None:
+        return None
+    try:
+        if row.is_collection and not raw:
+            size = _export_tree(store, manifest, out, force=force, progress=progress)
+        else:
+            size = manifest.size
+            _export_file(store, manifest, out, force=force, progress=progress)
+    except _DamagedError:
+        return None  # peers may have what is damaged here
+    return {
+        "path": str(out), "file_hash": link.file_hash.hex(), "manifest_hash": manifest.manifest_hash.hex(),
+        "size": size, "seconds": round(time.monotonic() - started, 3), "bytes_by_peer": {}, "resumed_bytes": 0,
+        "local_bytes": size, "banned": {},
+    }  # fmt: skip
+
+
+def _export_file(store: Store, manifest: Manifest, out: Path, *, force: bool, progress: Progress) -> None:
+    if out.is_dir():
+        raise DestinationExists(f"{out}: a folder; it was left alone")
+    same = has_content(out, manifest.file_hash)
+    if same:
+        return
+    if same is False and not force:
+        raise DestinationExists(
+            f"{out}: exists with other content than {short(manifest.file_hash)}; it was left alone"
+        )
+    prepare_folder(out.parent)
+    part = PartFile(out, manifest)
+    try:
+        done = 0
+        for index, data in _chunks(store, manifest, range(manifest.n_chunks)):
+            try:
+                os.pwrite(part.fd, data, index * manifest.chunk_size)
+            except OSError as exc:
+                raise storage_error(exc, str(part.path), "the part file is kept") from exc
+            done += len(data)
+            progress(done, manifest.size)
+        part.finish(force=force)
+    finally:
+        part.close()
+
+
+def _export_tree(store: Store, manifest: Manifest, out: Path, *, force: bool, progress: Progress) -> int:
+    tree = Collection.decode(_read(store, manifest, 0, manifest.size))
+    if out.exists() and not out.is_dir():
+        raise DestinationExists(f"{out}: exists and is no folder; it was left alone")
+    try:
+        for folder in ("", *tree.dirs):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise storage_error(exc, str(out), "the folder is incomplete") from exc
+    done = 0
+    for entry in tree.files:
+        _export_file(store, _manifest(store, entry.manifest_hash), out / entry.path, force=force, progress=_ignore)
+        (out / entry.path).chmod(0o755 if entry.executable else 0o644)
+        done += entry.size
+        progress(done, tree.size)
+    packs = [_manifest(store, pack.manifest_hash) for pack in tree.packs]
+    for small in tree.small:
+        data = _read(store, packs[small.pack], small.offset, small.size) if small.size else b""
+        _write_small(out / small.path, data, 0o755 if small.executable else 0o644, force=force)
+        done += small.size
+        progress(done, tree.size)
+    return tree.size
+
+
+def _write_small(path: Path, data: bytes, mode: int, *, force: bool) -> None:
+    try:
+        if path.is_symlink() or (path.exists() and path.read_bytes() != data and not force):
+            raise DestinationExists(f"{path}: exists with other content; it was left alone")
+        path.write_bytes(data)
+        path.chmod(mode)
+    except OSError as exc:
+        raise storage_error(exc, str(path), "the folder is incomplete") from exc
+
+
+def _manifest(store: Store, manifest_hash: bytes) -> Manifest:
+    manifest = store.manifest(manifest_hash)
+    if manifest is None:
+        raise _DamagedError
+    return manifest
+
+
+def _read(store: Store, manifest: Manifest, offset: int, size: int) -> bytes:
+    first = offset // manifest.chunk_size
+    last = -(-(offset + size) // manifest.chunk_size)
+    data = b"".join(chunk for _, chunk in _chunks(store, manifest, range(first, last)))
+    return data[offset - first * manifest.chunk_size :][:size]
+
+
+def _chunks(store: Store, manifest: Manifest, indexes: range) -> Iterator[tuple[int, bytes]]:
+    for index in indexes:
+        data = store.read_chunk(manifest.hash_of(index))
+        if data is None:
+            raise _DamagedError
+        yield index, data
+
+
+def _ignore(done: int, total: int) -> None:
+    """Progress of a member is not shown by itself."""
