@@ -30,8 +30,8 @@ from fastcas.errors import (
 from fastcas.fetch._receiver import Job
 from fastcas.fetch.localwork import check_batch, hash_existing
 from fastcas.fetch.partfile import PartFile, has_content, prepare_folder, safe_name, storage_error
-from fastcas.fetch.receiver import HASH_OK, LINK_OK, Answer, AsyncReceiver, Outcome, describe
 from fastcas.fetch.rebuild import ParityPlan
+from fastcas.fetch.receiver import HASH_OK, LINK_OK, Answer, AsyncReceiver, Outcome, describe
 from fastcas.fetch.remote import Remote, Source
 from fastcas.fetch.scheduler import Ask, Scheduler, lowest_bits
 from fastcas.fetch.swarmview import SwarmAnswer, next_target
@@ -136,6 +136,7 @@ class Settings:
     trust_resume: bool = False
     force: bool = False
     raw: bool = False
+    folder: Path | None = None
 
 
 async def download(
@@ -154,12 +155,13 @@ async def download(
     trust_resume: bool = False,
     force: bool = False,
     raw: bool = False,
+    folder: Path | None = None,
 ) -> DownloadResult:
     """Fetch a file from everybody who has it, prove it, and put it at its place.
 
     Args:
         link: File hash, and what helps: manifest hash, peers, name.
-        out: File to create; None = the stored name, made safe, in the current folder.
+        out: File to create; None = the stored name, made safe, in `folder` (the current one by default).
         discovery: How to find more peers; None = only those of `link` and `peers`.
         peers: That the user named; their addresses are not filtered, their manifests trusted for scheduling.
         local: Chunks of this machine, taken first, with the same checks.
@@ -182,12 +184,11 @@ async def download(
     """
     settings = Settings(
         discovery, tuple(peers), local, node_id, data_port, timeout_s, stall_timeout_s, hooks, progress,
-        trust_resume, force, raw,
+        trust_resume,
+        force,
+        raw,
+        folder,
     )  # fmt: skip
-    if out is not None and out.is_dir() and not raw:
-        from fastcas.fetch.tree import download_over_folder
-
-        return await download_over_folder(link, out, settings)
     receiver = AsyncReceiver()
     try:
         fetch = FileFetch(link, out, settings, receiver)
@@ -215,6 +216,7 @@ class FileFetch:
         self.manifest: Manifest | None = None
         self.remotes: dict[PeerAddr, Remote] = {}
         self.is_collection = False
+        self.over_folder = False
         self.part: PartFile | None = None
         self._rng = random.Random()
         self._policy = AddressPolicy()
@@ -285,6 +287,9 @@ class FileFetch:
 
     async def _existing(self, out: Path) -> Manifest | None:
         """The manifest of the destination where it has the content already; other content is refused."""
+        self.over_folder = await asyncio.to_thread(os.path.isdir, out)
+        if self.over_folder and not self.settings.raw:
+            return None  # the same collection may be there: that is known once its content is
         same = await asyncio.to_thread(has_content, out, self.file_hash)
         if same:
             return await asyncio.to_thread(hash_existing, out)
@@ -374,6 +379,11 @@ class FileFetch:
         if not self.settings.raw and await asyncio.to_thread(part.starts_with, COLLECTION_LINE):
             self.is_collection = True
             return part.path
+        if self.over_folder:
+            await asyncio.to_thread(part.discard)
+            raise DestinationExists(
+                f"{part.out}: is a folder, and {short(self.file_hash)} is a file; it was left alone"
+            )
         await asyncio.to_thread(part.finish, force=self.settings.force)
         return part.out
 
@@ -398,7 +408,7 @@ class FileFetch:
                     async with asyncio.timeout(NAME_DEADLINE_S + 1):
                         hints = await self.settings.discovery.get_metadata(self.file_hash, NAME_DEADLINE_S)
                     name = hints[0].name if hints else None
-            self.out = Path.cwd() / safe_name(name, self.file_hash.hex())
+            self.out = (self.settings.folder or Path.cwd()) / safe_name(name, self.file_hash.hex())
             await self._existing(self.out)
         return self.out
 
@@ -577,8 +587,8 @@ class FileFetch:
         assert scheduler is not None and manifest is not None
         now = time.monotonic()
         key, index, outcome = remote.addr, ask.index, answer.outcome
-        if index is None and outcome in (Outcome.OK, Outcome.CORRUPT) and answer.index < manifest.n_total:
-            index = answer.index
+        if index is None and outcome in (Outcome.OK, Outcome.CORRUPT) and answer.chunk < manifest.n_total:
+            index = answer.chunk
             scheduler.asked(key, index, now)
         if outcome in (Outcome.OK, Outcome.CORRUPT):
             assert index is not None

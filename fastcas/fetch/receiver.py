@@ -27,7 +27,7 @@ from fastcas.errors import (
 from fastcas.fetch import _receiver
 from fastcas.ids import PeerAddr
 
-__all__ = ["HAS_LINK", "HASH_OK", "LINK_OK", "Answer", "AsyncReceiver", "Outcome", "describe", "error_of"]
+__all__ = ["HASH_OK", "HAS_LINK", "LINK_OK", "Answer", "AsyncReceiver", "Outcome", "describe", "error_of"]
 
 HASH_OK = 1
 LINK_OK = 2
@@ -77,7 +77,7 @@ class Answer(NamedTuple):
 
     request_id: int
     outcome: int
-    index: int
+    chunk: int
     flags: int
     length: int
     service_us: int

@@ -57,7 +57,8 @@ def check_manifest(data: bytes, manifest_hash: bytes, file_hash: bytes) -> Manif
     manifest = Manifest.decode(data)
     if manifest.file_hash != file_hash:
         raise ManifestCorrupt(
-            f"manifest {short(manifest_hash)}: expected file {short(file_hash)}, got {short(manifest.file_hash)}; refused"
+            f"manifest {short(manifest_hash)}: expected file {short(file_hash)}, got {short(manifest.file_hash)}; "
+            f"it is not used"
         )
     return manifest
 
