@@ -73,6 +73,7 @@ class Agent:
         self.state: Message = {"workers": [], "host": "0.0.0.0", "port": 0, "dht_port": None, "dht_pid": None}
         self.started_at = time.time()
         self._stats: dict[str, int] = {}
+        self.chunks_generation = 0
 
     # ---- life cycle ----
 
@@ -351,6 +352,7 @@ class Agent:
         self.publish("workers", "swarm", {"op": "swarm"}, [write_swarm(files)])
 
     def _on_keys_changed(self) -> None:
+        self.chunks_generation += 1
         if self.has_dht and "keys" not in self._timers and self._is_ready:
             self._timers["keys"] = self.loop.call_later(KEYS_DELAY_S, self._begin_keys)
 

@@ -21,7 +21,10 @@ from fastcas.metadata import FileMetadata, Manifest
 from fastcas.node.announcer import Announcement
 from fastcas.node.control import Request
 from fastcas.node.node_discovery import serve_discovery
+from fastcas.node.listeners import reachable_host
 from fastcas.node.operations import LOCAL_OPERATIONS
+from fastcas.node.own_discovery import OwnDiscovery
+from fastcas.peers.discovery import CompositeDiscovery, Discovery, PeerHint
 
 if TYPE_CHECKING:
     from fastcas.node.agent import Agent
@@ -31,6 +34,7 @@ __all__ = ["RequestHandler"]
 REPAIR_FETCH_S = 60.0
 REPAIR_WANT = 8
 PEERS_WANT = 64
+HASHES_PER_ANSWER = 1 << 20
 
 
 class RequestHandler:
@@ -44,7 +48,9 @@ class RequestHandler:
             "status": lambda request: self.status(),
             "start_workers": self._start_workers,
             "stop": self._stop,
+            "facts": self._facts,
             "local_chunks": self._local_chunks,
+            "manifest": self._manifest,
             "find_manifest": self._find_manifest,
             "bootstrap": self._bootstrap,
         }
@@ -60,10 +66,25 @@ class RequestHandler:
         handler = self._handlers.get(request.op)
         if handler is not None:
             return await handler(request)
-        answer = await serve_discovery(self._agent.discovery(), request.op, request.args)
+        answer = await serve_discovery(self._discovery_with_us(), request.op, request.args)
         if answer is None:
             raise UsageError(f"operation: {request.op!r} is unknown to this node")
         return answer
+
+    def _discovery_with_us(self) -> Discovery:
+        agent = self._agent
+        port = agent.data_port()
+        host = reachable_host(agent.state["host"]) or "127.0.0.1"
+        me = PeerHint(agent.node_id, host, port, "own") if port else None
+
+        async def has_file(file_hash: bytes) -> bool:
+            row = await agent.thread.run(agent.store.file, file_hash)
+            return row is not None and row.is_complete
+
+        def has_chunk(digest: bytes) -> bool:
+            return agent.publisher.find_extent(digest) is not None
+
+        return CompositeDiscovery([OwnDiscovery(me, has_file, has_chunk), agent.discovery()])
 
     async def status(self) -> dict[str, Any]:
         """Return what `fastcas status` shows. Does not wait behind a long ingest for more than a second."""
@@ -205,11 +226,23 @@ class RequestHandler:
         self._agent.ask_stop()
         return {}
 
+    async def _facts(self, request: Request) -> dict[str, Any]:
+        """What a library handle keeps a copy of: the routing table, and a number that changes with the chunks."""
+        nodes = await self._agent.dht.routing() if self._agent.dht is not None else []
+        return {"nodes": [[n.node_id, n.ip, n.port] for n in nodes], "generation": self._agent.chunks_generation}
+
+    async def _manifest(self, request: Request) -> dict[str, Any]:
+        store = self._agent.store
+        file_hash, manifest_hash = request.args["file_hash"], request.args["manifest_hash"]
+        manifests = await self._agent.thread.run(store.manifests_of, file_hash)
+        fitting = [m for m in manifests if manifest_hash in (None, m.manifest_hash)]
+        return {"manifest": fitting[0].data if fitting else None}
+
     async def _local_chunks(self, request: Request) -> dict[str, Any]:
         store = self._agent.store
-        offset, limit = int(request.args.get("offset", 0)), 1 << 20
+        offset = int(request.args["offset"])
         data = await self._agent.thread.run(lambda: b"".join(store.chunk_hashes()))
-        return {"hashes": data[32 * offset : 32 * (offset + limit)], "total": len(data) // 32}
+        return {"hashes": data[32 * offset : 32 * (offset + HASHES_PER_ANSWER)], "total": len(data) // 32}
 
     async def _find_manifest(self, request: Request) -> dict[str, Any]:
         meta = FileMetadata(**request.args["meta"])
