@@ -27,6 +27,7 @@ from fastcas.hashing import Sha256, chunk_pass, digest_many, sha256
 from fastcas.ids import Link
 from fastcas.limits import PARITY_M_MAX, PARITY_TOTAL_MAX, STRIPE_BYTES_MAX
 from fastcas.metadata import EMPTY_SHA256, SHA256_IV, Manifest, choose_chunk_size
+from fastcas.parity import ReedSolomon
 from fastcas.store.blobs import BlobWriter
 from fastcas.store.catalog import LINKED, OWNED, BlobRow
 from fastcas.store.core import Core, News, manifest_name
@@ -87,8 +88,6 @@ class _Parity:
     """Encodes the stripes of one file, buffer by buffer."""
 
     def __init__(self, k: int, m: int, chunk_size: int) -> None:
-        from fastcas.parity import ReedSolomon
-
         self._code = ReedSolomon(k, m)
         self._k, self._m = k, m
         self._zeros = memoryview(bytes(chunk_size))

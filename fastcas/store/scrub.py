@@ -17,6 +17,7 @@ from fastcas.errors import CatalogCorrupt, FastCASError, TooFewShards
 from fastcas.hashing import digest_many, sha256
 from fastcas.ids import short
 from fastcas.metadata import Manifest
+from fastcas.parity import ReedSolomon
 from fastcas.store.blobs import BlobWriter, check_index, rewrite_index
 from fastcas.store.catalog import LINKED, OWNED, BlobRow, ManifestRow
 from fastcas.store.core import Core, manifest_name
@@ -216,9 +217,6 @@ def _check_manifest(core: Core, row: ManifestRow, fetch: Fetch | None, report: V
         old = core.catalog.blob(row.blob)
         if old is not None:
             renumber(core, old, row.length)
-        fresh = core.catalog.manifest(row.hash)
-        if fresh is not None:
-            core.say_manifest(fresh)
         how = "peer"
     report.damages.append(Damage("manifest", row.hash, shown(core.folder.path(name)), 0, row.length, reason, how))
 
@@ -254,7 +252,6 @@ def _mark_complete(core: Core) -> None:
         with catalog.transaction():
             catalog.execute("UPDATE manifests SET complete=1 WHERE hash=?", (row.hash,))
         if core.listener is not None and catalog.query("SELECT 1 FROM files WHERE manifest=?", (row.hash,)):
-            core.say_manifest(row)
             core.listener.on_file(row.file_hash, row.hash)
 
 
@@ -330,8 +327,6 @@ class _Healer:
         have = len(shards) - shards.count(None)
         if have < manifest.k:
             return f"unrepairable: {have} of {manifest.k} shards are left, need {manifest.k - have} more"
-        from fastcas.parity import ReedSolomon
-
         try:
             whole = ReedSolomon(manifest.k, manifest.m).reconstruct(shards)
         except TooFewShards as exc:
