@@ -85,7 +85,7 @@ HOLDERS_ASKED = 3  # distinct holders whose answers are merged before a key coun
 REANNOUNCE_PAUSE_S = 1.0  # between two announcements of everything because the network grew
 
 # --- joining and leaving ---
-REJOIN_FIRST_S = 1.0
+REJOIN_FIRST_S = 0.5
 REJOIN_LAST_S = 60.0
 RESOLVE_S = 5.0
 REBIND_FIRST_S = 0.1

@@ -311,7 +311,9 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
     async def write(self, contact: Contact, name: str, args: list[Any], *, hard_s: float) -> Reply | None:
         """Ask with a token; without one, or with a stale one, a second try uses the one in the first answer."""
         if not self.has_token(contact.address):
-            await self.ask(contact, "fn", [self.identity.node_id, 1], hard_s=hard_s)
+            first = await self.ask(contact, "fn", [self.identity.node_id, 1], hard_s=hard_s)
+            if first is None:
+                return None
         for _ in range(2):
             reply = await self.ask(contact, name, args, hard_s=hard_s)
             if reply is None or reply.status != BAD_TOKEN:
