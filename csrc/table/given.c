@@ -179,11 +179,12 @@ static fcas_status find_or_make(fcas_given *b, const uint8_t manifest_hash[32], 
     uint64_t tag = tag_of(b, manifest_hash);
     for (uint32_t step = 0; step < b->n_slots; step++) {
         board_entry *entry = &directory(b)[(tag + step) & (b->n_slots - 1)];
-        uint64_t there = 0;
+        uint64_t there = atomic_load_explicit(&entry->tag, memory_order_acquire);
         /* On failure `there` is the tag that somebody else put there: ours or another file's. */
-        if (!atomic_compare_exchange_strong_explicit(&entry->tag, &there, tag, memory_order_acq_rel,
-                                                     memory_order_acquire) &&
-            there != tag)
+        if (there == 0 && atomic_compare_exchange_strong_explicit(&entry->tag, &there, tag, memory_order_acq_rel,
+                                                                  memory_order_acquire))
+            there = tag;
+        if (there != tag)
             continue;
         uint64_t region = atomic_load_explicit(&entry->region, memory_order_acquire);
         if (region == 0) {

@@ -1,6 +1,9 @@
 /* One writer and four readers on one chunk table, for a thread sanitizer: lookups, replacements, removals, blobs,
  * and moves to new tables, all at once; beside it one ring, one have log and one given board.
  *
+ * All threads work through the same mappings: a sanitizer knows memory by its address, and would not see that two
+ * mappings of one memfd are the same bytes. What is private to a process (cursors, bits) is private to a thread.
+ *
  * usage: table_stress MILLISECONDS. Exit 0, or 1 with a line that says what was wrong. */
 #include <pthread.h>
 #include <stdatomic.h>
@@ -17,7 +20,7 @@
 #include "table/ring.h"
 #include "table/table.h"
 
-enum { N_KEYS = 2000, N_READERS = 4, N_TABLES = 256, N_GIVEN = 5000, N_HAVE = 200000 };
+enum { N_KEYS = 2000, N_READERS = 4, N_TABLES = 512, N_GIVEN = 5000, N_HAVE = 200000 };
 
 #define DIE(...)                                                                                                       \
     do {                                                                                                               \
@@ -28,10 +31,13 @@ enum { N_KEYS = 2000, N_READERS = 4, N_TABLES = 256, N_GIVEN = 5000, N_HAVE = 20
 
 static uint8_t keys[N_KEYS][32];
 static _Atomic int stop;
-/* Tables in the order in which they were made; a reader maps each for itself from its fd. */
-static _Atomic int table_fds[N_TABLES];
+/* Tables in the order in which they were made; `current` of them are complete. None is unmapped before the end. */
+static fcas_table tables[N_TABLES];
 static _Atomic int current;
-static int ring_fd, ring_event, have_fd, given_fd;
+static fcas_ring ring_view;
+static fcas_havelog have_view;
+static fcas_given given;
+static _Atomic uint32_t latest_blob; /* relaxed: it must not order what the table has to order by itself */
 static _Atomic uint64_t n_pushed, n_popped, n_claimed, n_lookups;
 
 static uint64_t now_ms(void)
@@ -63,61 +69,60 @@ static fcas_place place_for(uint32_t k, uint32_t version)
     return (fcas_place){.offset = (uint64_t)k << 32 | version, .length = version & 0xffff, .blob = k ^ version};
 }
 
-static void make_table(fcas_table *t, int number)
+static fcas_table *make_table(int number)
 {
     uint8_t secret[16] = {(uint8_t)number};
     int fd = new_memfd("stress-table");
-    if (fcas_table_create(t, fd, 16384, 1024, 65536, secret) != FCAS_OK)
+    if (fcas_table_create(&tables[number], fd, 4096, 1024, 65536, secret) != FCAS_OK)
         DIE("cannot create table %d", number);
-    atomic_store(&table_fds[number], fd);
+    close(fd);
+    return &tables[number];
 }
 
 static void *write_table(void *unused)
 {
     (void)unused;
     uint64_t rng = 88172645463325252ull;
-    fcas_table table;
     int number = 0;
-    make_table(&table, 0);
+    fcas_table *table = make_table(0);
     /* Key 0 is there from the first table on and only ever replaced: readers must always find it. */
-    if (fcas_table_put(&table, FCAS_ENTRY_CHUNK, keys[0], place_for(0, 1)) != FCAS_OK)
+    if (fcas_table_put(table, FCAS_ENTRY_CHUNK, keys[0], place_for(0, 1)) != FCAS_OK)
         DIE("first put failed");
     atomic_store(&current, 1);
     for (uint32_t version = 2; !atomic_load(&stop); version++) {
-        uint32_t k = (uint32_t)(next_random(&rng) % N_KEYS);
+        uint32_t k = version % 8 == 0 ? 0 : (uint32_t)(next_random(&rng) % N_KEYS);
         fcas_status st;
         if (k != 0 && version % 3 == 0) {
-            st = fcas_table_remove(&table, FCAS_ENTRY_CHUNK, keys[k]);
+            st = fcas_table_remove(table, FCAS_ENTRY_CHUNK, keys[k]);
             if (st == FCAS_E_NOTFOUND)
                 st = FCAS_OK;
         } else {
-            st = fcas_table_put(&table, FCAS_ENTRY_CHUNK, keys[k], place_for(k, version));
+            st = fcas_table_put(table, FCAS_ENTRY_CHUNK, keys[k], place_for(k, version));
         }
-        if (st == FCAS_OK && version % 64 == 0) {
+        if (st == FCAS_OK && version % 16 == 0) {
+            uint32_t number_of_blob = version / 16 % 1024;
             char path[32];
             int n = snprintf(path, sizeof(path), "blob/%u", version);
             fcas_blob blob = {.device = version, .inode = version, .size = version};
-            st = fcas_table_put_blob(&table, version / 64 % 1024, &blob, path, (size_t)n);
+            atomic_store_explicit(&latest_blob, number_of_blob, memory_order_relaxed);
+            st = fcas_table_put_blob(table, number_of_blob, &blob, path, (size_t)n);
             if (st == FCAS_E_ARG) { /* used before in this table */
-                fcas_table_remove_blob(&table, version / 64 % 1024);
+                fcas_table_remove_blob(table, number_of_blob);
                 st = FCAS_OK;
             }
         }
         if (version % 100 == 0)
-            fcas_table_advance(&table);
+            fcas_table_advance(table);
         if (st == FCAS_E_FULL && number + 1 < N_TABLES) {
-            fcas_table bigger;
-            make_table(&bigger, number + 1);
-            if (fcas_table_copy(&bigger, &table) != FCAS_OK)
-                DIE("copy to table %d failed", number + 1);
-            fcas_table_unmap(&table);
-            table = bigger;
-            atomic_store(&current, ++number + 1);
+            fcas_table *next = make_table(++number);
+            if (fcas_table_copy(next, table) != FCAS_OK)
+                DIE("copy to table %d failed", number);
+            table = next;
+            atomic_store(&current, number + 1);
         } else if (st != FCAS_OK && st != FCAS_E_FULL) {
             DIE("write failed: %d", st);
         }
     }
-    fcas_table_unmap(&table);
     return NULL;
 }
 
@@ -132,37 +137,31 @@ static void check_place(uint32_t k, const fcas_place *p)
 static void *read_table(void *seed)
 {
     uint64_t rng = 1 + (uint64_t)(uintptr_t)seed * 2654435761u;
-    fcas_table table = {0};
-    fcas_given given;
-    fcas_havelog have;
-    int mapped = 0;
+    fcas_havelog have = have_view;
+    uint8_t bits[(N_HAVE + 7) / 8] = {0};
+    have.bits = bits;
+    have.applied = 0;
+    have.writable = 0;
     uint32_t seen = 0;
-    if (fcas_given_map(&given, given_fd) != FCAS_OK || fcas_havelog_map(&have, have_fd) != FCAS_OK)
-        DIE("reader cannot map");
     while (!atomic_load(&stop)) {
         int newest = atomic_load(&current);
         if (newest == 0)
             continue;
-        if (newest != mapped) {
-            fcas_table_unmap(&table);
-            if (fcas_table_map(&table, atomic_load(&table_fds[newest - 1])) != FCAS_OK)
-                DIE("reader cannot map table %d", newest);
-            mapped = newest;
-        }
+        const fcas_table *table = &tables[newest - 1];
         fcas_place place;
-        if (fcas_table_lookup(&table, FCAS_ENTRY_CHUNK, keys[0], &place) != FCAS_OK)
-            DIE("key 0 missed in table %d", mapped);
+        if (fcas_table_lookup(table, FCAS_ENTRY_CHUNK, keys[0], &place) != FCAS_OK)
+            DIE("key 0 missed in table %d", newest);
         check_place(0, &place);
         uint32_t first = (uint32_t)(next_random(&rng) % (N_KEYS - 64));
         fcas_place places[64];
         uint8_t found[64];
-        fcas_table_lookup_many(&table, FCAS_ENTRY_CHUNK, keys[first], 64, places, found);
+        fcas_table_lookup_many(table, FCAS_ENTRY_CHUNK, keys[first], 64, places, found);
         for (uint32_t i = 0; i < 64; i++)
             if (found[i])
                 check_place(first + i, &places[i]);
         fcas_blob blob;
         char path[FCAS_PATH_MAX_BYTES + 1];
-        if (fcas_table_blob(&table, (uint32_t)(next_random(&rng) % 1024), &blob, path) == FCAS_OK &&
+        if (fcas_table_blob(table, atomic_load_explicit(&latest_blob, memory_order_relaxed), &blob, path) == FCAS_OK &&
             (strtoull(path + 5, NULL, 10) != blob.inode || blob.device != blob.inode))
             DIE("torn blob %s", path);
         uint32_t chunk;
@@ -181,19 +180,15 @@ static void *read_table(void *seed)
         seen = generation;
         atomic_fetch_add(&n_lookups, 65);
     }
-    fcas_table_unmap(&table);
-    fcas_given_unmap(&given);
-    fcas_havelog_unmap(&have);
     return NULL;
 }
 
-static void *produce(void *log)
+static void *produce(void *unused)
 {
-    fcas_havelog *have = log;
-    fcas_ring ring;
+    (void)unused;
+    fcas_ring ring = ring_view;
+    fcas_havelog have = have_view; /* the only view that appends; have_view itself stays as it is */
     uint8_t message[1000];
-    if (fcas_ring_map(&ring, ring_fd, ring_event) != FCAS_OK)
-        DIE("producer cannot map");
     uint64_t pushed = 0;
     while (!atomic_load(&stop)) {
         size_t n = (size_t)(pushed * 7 % sizeof(message));
@@ -204,20 +199,17 @@ static void *produce(void *log)
         else if (st != FCAS_E_FULL)
             DIE("push failed: %d", st);
         if (pushed < N_HAVE)
-            fcas_havelog_append(have, (uint32_t)pushed);
+            fcas_havelog_append(&have, (uint32_t)pushed);
     }
     atomic_store(&n_pushed, pushed);
-    fcas_ring_unmap(&ring);
     return NULL;
 }
 
 static void *consume(void *unused)
 {
     (void)unused;
-    fcas_ring ring;
+    fcas_ring ring = ring_view;
     uint8_t message[1000];
-    if (fcas_ring_map(&ring, ring_fd, ring_event) != FCAS_OK)
-        DIE("consumer cannot map");
     uint64_t popped = 0;
     while (!atomic_load(&stop)) {
         size_t n;
@@ -235,7 +227,6 @@ static void *consume(void *unused)
         popped++;
     }
     atomic_store(&n_popped, popped);
-    fcas_ring_unmap(&ring);
     return NULL;
 }
 
@@ -249,20 +240,20 @@ int main(int argc, char **argv)
         for (int i = 0; i < 32; i++)
             keys[k][i] = (uint8_t)next_random(&rng);
     uint8_t secret[16] = {1};
-    fcas_havelog have;
-    ring_fd = new_memfd("stress-ring");
-    given_fd = new_memfd("stress-given");
-    have_fd = new_memfd("stress-have");
-    ring_event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    int ring_fd = new_memfd("stress-ring");
+    int given_fd = new_memfd("stress-given");
+    int have_fd = new_memfd("stress-have");
+    int ring_event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (ring_event < 0 || fcas_ring_create(ring_fd, 65536) != FCAS_OK ||
-        fcas_given_create(given_fd, 16, 4096, secret) != FCAS_OK ||
-        fcas_havelog_create(&have, have_fd, keys[0], keys[1], N_HAVE) != FCAS_OK)
+        fcas_ring_map(&ring_view, ring_fd, ring_event) != FCAS_OK ||
+        fcas_given_create(given_fd, 16, 4096, secret) != FCAS_OK || fcas_given_map(&given, given_fd) != FCAS_OK ||
+        fcas_havelog_create(&have_view, have_fd, keys[0], keys[1], N_HAVE) != FCAS_OK)
         DIE("set-up failed");
-    fcas_havelog_append(&have, 0);
+    fcas_havelog_append(&have_view, 0);
     pthread_t threads[N_READERS + 3];
     int n = 0;
     pthread_create(&threads[n++], NULL, write_table, NULL);
-    pthread_create(&threads[n++], NULL, produce, &have);
+    pthread_create(&threads[n++], NULL, produce, NULL);
     pthread_create(&threads[n++], NULL, consume, NULL);
     for (uintptr_t i = 0; i < N_READERS; i++)
         pthread_create(&threads[n++], NULL, read_table, (void *)(i + 1));
@@ -271,10 +262,14 @@ int main(int argc, char **argv)
     atomic_store(&stop, 1);
     while (n > 0)
         pthread_join(threads[--n], NULL);
-    fcas_havelog_unmap(&have);
     uint64_t claimed = atomic_load(&n_claimed);
     if (claimed > N_GIVEN || atomic_load(&n_popped) > atomic_load(&n_pushed))
         DIE("claimed %llu of %d", (unsigned long long)claimed, N_GIVEN);
+    for (int i = 0; i < N_TABLES; i++)
+        fcas_table_unmap(&tables[i]);
+    fcas_ring_unmap(&ring_view);
+    fcas_given_unmap(&given);
+    fcas_havelog_unmap(&have_view);
     printf("tables %d lookups %llu messages %llu claimed %llu\n", atomic_load(&current),
            (unsigned long long)atomic_load(&n_lookups), (unsigned long long)atomic_load(&n_popped),
            (unsigned long long)claimed);
