@@ -1,0 +1,226 @@
+/* Every kernel with its buffers against unreadable pages: a byte read or written outside ends the process.
+ * Prints "ok" and the kernels tried. Exit 1 with a line on the first wrong result. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "common/cpu.h"
+#include "gf256/gf256.h"
+#include "sha256/chunks.h"
+#include "sha256/sha256.h"
+
+#define CHECK(what)                                                          \
+    do {                                                                     \
+        if (!(what)) {                                                       \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #what);       \
+            exit(1);                                                         \
+        }                                                                    \
+    } while (0)
+
+enum { ROOM = 4096, N_IN = 5, N_OUT = 9 };
+
+/* ROOM usable bytes between two unreadable pages. */
+static uint8_t *guarded(void)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    CHECK(page == ROOM);
+    uint8_t *p = mmap(NULL, 3 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(p != MAP_FAILED);
+    CHECK(mprotect(p + page, page, PROT_READ | PROT_WRITE) == 0);
+    return p + page;
+}
+
+static void fill(uint8_t *p, size_t n, unsigned seed)
+{
+    for (size_t i = 0; i < n; i++)
+        p[i] = (uint8_t)((seed = seed * 1103515245u + 12345u) >> 16);
+}
+
+static void digest(const fcas_sha256_kernel *k, const uint8_t *p, size_t n, uint8_t out[32])
+{
+    fcas_sha256 s;
+    fcas_sha256_init(&s, k);
+    fcas_sha256_update(&s, p, n);
+    fcas_sha256_final(&s, out);
+}
+
+/* Each size once at the very end of the page and once at its very beginning. */
+static void sha256_within_bounds(const fcas_sha256_kernel *k, const fcas_sha256_kernel *truth)
+{
+    uint8_t *a = guarded(), *b = guarded(), *result = guarded(), copy[ROOM];
+
+    fill(copy, ROOM, 1);
+    for (size_t n = 0; n <= 400; n++) {
+        for (int at_end = 0; at_end < 2; at_end++) {
+            uint8_t *pa = at_end ? a + ROOM - n : a, *pb = at_end ? b + ROOM - n : b;
+            uint8_t *out = at_end ? result + ROOM - 96 : result;
+            uint8_t want_a[32], want_b[32];
+            const uint8_t *messages[3] = {pa, pb, pa};
+            const size_t lengths[3] = {n, n / 2, n};
+            fcas_sha256 s, t;
+
+            memcpy(pa, copy, n);
+            memcpy(pb, copy + 1, n);
+            digest(truth, copy, n, want_a);
+            digest(truth, copy + 1, n / 2, want_b);
+
+            digest(k, pa, n, out);
+            CHECK(memcmp(out, want_a, 32) == 0);
+            fcas_sha256_many(k, messages, lengths, 3, out);
+            CHECK(memcmp(out, want_a, 32) == 0 && memcmp(out + 32, want_b, 32) == 0);
+            CHECK(memcmp(out + 64, want_a, 32) == 0);
+
+            /* Two hashes in step, and two that are not: b has a byte more waiting. */
+            fcas_sha256_init(&s, k);
+            fcas_sha256_init(&t, k);
+            fcas_sha256_update2(&s, &t, pa, n / 3);
+            fcas_sha256_update2(&s, &t, pa + n / 3, n - n / 3);
+            fcas_sha256_update(&t, pb, n > 0);
+            fcas_sha256_update2(&t, &s, pa, n);
+            fcas_sha256_final(&t, out + 32);
+            fcas_sha256_final(&s, out);
+
+            fcas_sha256_init(&s, truth);
+            fcas_sha256_init(&t, truth);
+            fcas_sha256_update(&s, pa, n);
+            fcas_sha256_update(&s, pa, n);
+            fcas_sha256_update(&t, pa, n);
+            fcas_sha256_update(&t, pb, n > 0);
+            fcas_sha256_update(&t, pa, n);
+            fcas_sha256_final(&s, want_a);
+            fcas_sha256_final(&t, want_b);
+            CHECK(memcmp(out, want_a, 32) == 0 && memcmp(out + 32, want_b, 32) == 0);
+        }
+    }
+}
+
+/* Hashes and midstates end exactly where the next page begins. */
+static void chunks_within_bounds(const fcas_sha256_kernel *k)
+{
+    uint8_t *data = guarded(), *hashes = guarded(), *midstates = guarded(), last[32], whole[32], want[32];
+
+    fill(data, ROOM, 2);
+    for (size_t n = 0; n <= 1000; n += 13) {
+        for (size_t step = 1; step <= 1001; step += 125) {
+            fcas_chunks c;
+            size_t n_done = 0, n_full = n / 128;
+            uint8_t *h = hashes + ROOM - 32 * n_full, *m = midstates + ROOM - 32 * n_full;
+            const uint8_t *p = data + ROOM - n;
+
+            CHECK(fcas_chunks_init(&c, k, 128) == FCAS_OK);
+            for (size_t at = 0; at < n; at += step) {
+                size_t take = n - at < step ? n - at : step;
+                size_t expected = fcas_chunks_completed_by(&c, take);
+                CHECK(fcas_chunks_update(&c, p + at, take, h + 32 * n_done, m + 32 * n_done) == expected);
+                n_done += expected;
+            }
+            CHECK(n_done == n_full);
+            CHECK(fcas_chunks_finish(&c, last, whole) == (n % 128 != 0));
+            digest(k, p, n, want);
+            CHECK(memcmp(whole, want, 32) == 0);
+            for (size_t i = 0; i < n_full; i++) {
+                digest(k, p + 128 * i, 128, want);
+                CHECK(memcmp(h + 32 * i, want, 32) == 0);
+            }
+        }
+    }
+    fcas_chunks c;
+    CHECK(fcas_chunks_init(&c, k, 0) == FCAS_E_ARG && fcas_chunks_init(&c, k, 100) == FCAS_E_ARG);
+    CHECK(fcas_chunks_init(&c, k, 64) == FCAS_OK);
+    CHECK(fcas_chunks_completed_by(&c, SIZE_MAX) == SIZE_MAX / 64);
+}
+
+static void gf256_within_bounds(const fcas_gf256_kernel *k)
+{
+    static uint8_t *in[N_IN], *out[N_OUT];
+    uint8_t matrix[N_OUT * N_IN];
+
+    fill(matrix, sizeof matrix, 3);
+    matrix[1] = 0;
+    matrix[2] = 1;
+    for (unsigned c = 0; c < N_IN; c++) {
+        in[c] = guarded();
+        fill(in[c], ROOM, 10 + c);
+    }
+    for (unsigned r = 0; r < N_OUT; r++)
+        out[r] = guarded();
+    for (size_t n_out = 1; n_out <= N_OUT; n_out++) {
+        fcas_gf256_plan *plan;
+        CHECK(fcas_gf256_plan_new(&plan, k, matrix, n_out, N_IN) == FCAS_OK);
+        for (size_t n = 0; n <= 400; n++) {
+            for (int at_end = 0; at_end < 2; at_end++) {
+                const uint8_t *pin[N_IN];
+                uint8_t *pout[N_OUT];
+                for (unsigned c = 0; c < N_IN; c++)
+                    pin[c] = at_end ? in[c] + ROOM - n : in[c];
+                for (unsigned r = 0; r < n_out; r++)
+                    pout[r] = at_end ? out[r] + ROOM - n : out[r];
+                fcas_gf256_plan_apply(plan, pin, pout, n);
+                for (unsigned r = 0; r < n_out; r++) {
+                    for (size_t i = 0; i < n; i++) {
+                        uint8_t want = 0;
+                        for (unsigned c = 0; c < N_IN; c++)
+                            want ^= fcas_gf256_mul(matrix[N_IN * r + c], pin[c][i]);
+                        CHECK(pout[r][i] == want);
+                    }
+                }
+            }
+        }
+        fcas_gf256_plan_free(plan);
+    }
+    fcas_gf256_plan_free(NULL);
+}
+
+static void selection_has_three_reasons(void)
+{
+    const fcas_sha256_kernel *sha = NULL;
+    const fcas_gf256_kernel *gf = NULL;
+
+    CHECK(fcas_sha256_select("sha1", &sha) == FCAS_KERNEL_UNKNOWN && sha == NULL);
+    CHECK(fcas_gf256_select("", &gf) == FCAS_KERNEL_UNKNOWN && gf == NULL);
+    fcas_cpu_mask(0);
+    CHECK(fcas_cpu_features() == 0);
+    fcas_status without = fcas_sha256_select("shani", &sha);
+    CHECK(without == FCAS_KERNEL_NO_CPU || without == FCAS_KERNEL_NOT_BUILT);
+    without = fcas_gf256_select("avx2", &gf);
+    CHECK(without == FCAS_KERNEL_NO_CPU || without == FCAS_KERNEL_NOT_BUILT);
+    CHECK(fcas_sha256_select("generic", &sha) == FCAS_OK && fcas_gf256_select("generic", &gf) == FCAS_OK);
+    /* The first choice of this process, made under the mask: it needs nothing. */
+    CHECK(fcas_sha256_default()->cpu_needs == 0 && fcas_gf256_default()->cpu_needs == 0);
+    fcas_cpu_mask(UINT32_MAX);
+}
+
+int main(void)
+{
+    const fcas_sha256_kernel *truth = fcas_sha256_kernel_at(0);
+    fcas_gf256_plan *plan = NULL;
+    uint8_t one = 1;
+
+    selection_has_three_reasons();
+    CHECK(fcas_gf256_plan_new(&plan, NULL, &one, 0, 1) == FCAS_E_ARG && plan == NULL);
+    CHECK(fcas_gf256_plan_new(&plan, NULL, &one, 1, 256) == FCAS_E_ARG && plan == NULL);
+    printf("ok");
+    for (size_t i = 0; fcas_sha256_kernel_at(i) != NULL; i++) {
+        const fcas_sha256_kernel *k = fcas_sha256_kernel_at(i);
+        const fcas_sha256_kernel *found;
+        if (fcas_sha256_select(k->name, &found) != FCAS_OK)
+            continue;
+        CHECK(found == k && fcas_sha256_self_test(k) == FCAS_OK);
+        sha256_within_bounds(k, truth);
+        chunks_within_bounds(k);
+        printf(" %s", k->name);
+    }
+    for (size_t i = 0; fcas_gf256_kernel_at(i) != NULL; i++) {
+        const fcas_gf256_kernel *k = fcas_gf256_kernel_at(i);
+        const fcas_gf256_kernel *found;
+        if (fcas_gf256_select(k->name, &found) != FCAS_OK)
+            continue;
+        CHECK(found == k && fcas_gf256_self_test(k) == FCAS_OK);
+        gf256_within_bounds(k);
+        printf(" %s", k->name);
+    }
+    printf("\n");
+    return 0;
+}
