@@ -376,6 +376,9 @@ static void body_arrived(fcas_rx_conn *c, size_t n)
     } else if (c->body == BODY_MEMORY && c->first->has_hash) {
         fcas_sha256_update(&c->check.own, body_at(c), n);
     }
+    if (c->body != BODY_DISCARD) {
+        atomic_fetch_add_explicit(&c->n_received, (uint64_t)n, memory_order_relaxed);
+    }
     c->at_body += n;
     c->first->length = c->at_body;
     extend_stall(c);
@@ -473,7 +476,6 @@ static void read_answers(fcas_rx_conn *c)
             return;
         }
         turn += (size_t)n;
-        atomic_fetch_add_explicit(&c->n_received, (uint64_t)n, memory_order_relaxed);
         if (in_body) {
             body_arrived(c, (size_t)n);
             continue;

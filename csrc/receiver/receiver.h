@@ -98,7 +98,7 @@ fcas_rx_conn *fcas_rx_open(fcas_rx *rx, const struct sockaddr *address, socklen_
                            const char *fields);
 /* Close it and forget it: outstanding requests end as CANCELLED. conn must not be used afterwards. */
 void fcas_rx_close(fcas_rx_conn *conn);
-/* Bytes received on it so far (any thread may ask). */
+/* Bytes of successful answers' bodies received on it so far (any thread may ask). */
 uint64_t fcas_rx_conn_bytes(const fcas_rx_conn *conn);
 
 /* Allocate a request; target is copied (at most 1,000 bytes, else NULL). Fill in the rest, then submit. */

@@ -4,6 +4,8 @@ In: links and hashes, peers from discovery, chunks that this machine already has
 Out: a finished file (or folder) at its place, and what came from whom.
 Owns: the HTTP client, the scheduler, the part file with its journal, the rules of trust for manifests.
 Never: serves, stores into the store, talks UDP, shows a byte under its name before it was checked.
+
+The function for one link is `fastcas.fetch.download.download`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastcas.fetch.client import P2PClient
-    from fastcas.fetch.download import DownloadHooks, DownloadResult, LocalChunks, Progress, download
+    from fastcas.fetch.download import DownloadHooks, DownloadResult, LocalChunks, Progress
     from fastcas.fetch.downloader import P2PChunkDownloader
 
 __all__ = [
@@ -22,7 +24,6 @@ __all__ = [
     "P2PChunkDownloader",
     "P2PClient",
     "Progress",
-    "download",
 ]
 
 _HOME = {
@@ -32,7 +33,6 @@ _HOME = {
     "P2PChunkDownloader": "downloader",
     "P2PClient": "client",
     "Progress": "download",
-    "download": "download",
 }
 
 

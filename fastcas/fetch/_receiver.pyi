@@ -86,7 +86,7 @@ class Connection:
 
     @property
     def n_received(self) -> int:
-        """Bytes received on it so far."""
+        """Bytes of successful answers' bodies received on it so far."""
 
     def get_chunk(self, request_id: int, job: Job, index: int, chunk_hash: bytes) -> None:
         """Ask for chunk `index` by its hash; its bytes go to the job's file once they are proven."""

@@ -29,7 +29,12 @@ async def check_batch(job: Job, chunks: Sequence[tuple[int, int, int]], *, write
     Raises:
         StoreFull: The destination has no room.
     """
-    return await asyncio.to_thread(_check_batch, job, chunks, write)
+    work = asyncio.get_running_loop().run_in_executor(None, _check_batch, job, chunks, write)
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])  # the caller's descriptors are in use until then
+        raise
 
 
 def _check_batch(job: Job, chunks: Sequence[tuple[int, int, int]], write: bool) -> list[tuple[int, int]]:

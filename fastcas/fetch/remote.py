@@ -6,6 +6,7 @@ Never decides what is asked for: it tells the download what the peer has, and ca
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,6 +63,12 @@ class SwarmListener(Protocol):
         """Wait, but not beyond the moment in which a manifest becomes known."""
 
 
+def _set_event() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
 @dataclass(slots=True)
 class _Line:
     connection: Connection
@@ -81,6 +88,7 @@ class Remote:
     answered: bool = False
     lacks_file: bool = False
     may_offer: bool = True
+    offered: tuple[bytes, ...] = ()
     banned: str | None = None
     n_bytes: int = 0
     generation: int | None = None
@@ -88,7 +96,9 @@ class Remote:
     is_seed: bool = False
     lines: list[_Line] = field(default_factory=list)
     control: Connection | None = None
-    n_received_before: int = 0
+    _n_received_before: int = 0
+    _n_outstanding: int = 0
+    _idle: asyncio.Event = field(default_factory=_set_event)
     shed_mark: tuple[float, int] | None = None
 
     # --- chunks ---
@@ -116,23 +126,40 @@ class Remote:
     def _expect(self, line: _Line, on_answer: Callable[[Answer], None]) -> int:
         def arrived(answer: Answer) -> None:
             line.n_outstanding -= 1
+            self._n_outstanding -= 1
+            if not self._n_outstanding:
+                self._idle.set()
             on_answer(answer)
 
         line.n_outstanding += 1
+        self._n_outstanding += 1
+        self._idle.clear()
         return self.receiver.expect(arrived)
 
     def received(self) -> int:
-        """Bytes that came from this peer over all its connections, right or wrong."""
-        total = self.n_received_before + sum(line.connection.n_received for line in self.lines)
-        return total + (self.control.n_received if self.control is not None else 0)
+        """Bytes of chunks that came from this peer, right or wrong, complete or not."""
+        return self._n_received_before + sum(line.connection.n_received for line in self.lines)
+
+    def hang_up(self) -> None:
+        """Close the data connections that have requests out; those come back as cancelled."""
+        for line in list(self.lines):
+            if line.n_outstanding:
+                self._drop(line)
+
+    async def wait_idle(self) -> None:
+        """Wait until every request for a chunk has come back."""
+        await self._idle.wait()
 
     def close(self) -> None:
         """Close every connection; outstanding requests come back as cancelled."""
-        self.n_received_before = self.received()
-        for line in self.lines:
-            line.connection.close()
-        self.lines = []
+        for line in list(self.lines):
+            self._drop(line)
         self._close_control()
+
+    def _drop(self, line: _Line) -> None:
+        self._n_received_before += line.connection.n_received
+        line.connection.close()
+        self.lines.remove(line)
 
     def _close_control(self) -> None:
         if self.control is not None:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from fastcas.errors import DestinationExists, FastCASError, IntegrityError
 from fastcas.fetch._receiver import rename_noreplace
-from fastcas.fetch.download import DownloadHooks, DownloadResult, FileFetch, Progress
+from fastcas.fetch.download import DownloadHooks, DownloadResult, Progress
+from fastcas.fetch.filefetch import FileFetch
 from fastcas.fetch.partfile import storage_error
 from fastcas.ids import Link, escape_for_terminal, short
 from fastcas.limits import COLLECTION_SIZE_MAX
@@ -99,7 +100,7 @@ class _Tree:
         self._hooks = None if hooks is None else _TreeHooks(hooks)
         self._peers = tuple(
             remote.addr
-            for remote in fetch.remotes.values()
+            for remote in fetch.crowd.remotes.values()
             if remote.banned is None and remote.answered and not remote.lacks_file
         )
 
