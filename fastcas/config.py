@@ -11,22 +11,39 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from fastcas.errors import ConfigError
-from fastcas.ids import PeerAddr, parse_peer
+from fastcas.ids import PeerAddr, parse_peer, parse_rate
 from fastcas.limits import DATA_PORT, DHT_PORT, WORKERS_MAX
 
-__all__ = ["SEND_PATHS", "NodeConfig", "default_storage", "storage_root"]
+__all__ = ["SEND_PATHS", "SETTINGS", "NodeConfig", "Setting", "default_storage", "storage_root"]
 
 SEND_PATHS = ("auto", "sendfile", "copy")
 
 
-def _setting(default: Any, help_text: str, metavar: str, kind: str = "text") -> Any:
-    metadata = {"help": help_text, "metavar": metavar, "kind": kind}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+@dataclass(frozen=True)
+class Setting:
+    """How people give one field: what kind of value, what stands for it in the help, and the help."""
+
+    kind: str
+    metavar: str
+    help: str
+
+
+SETTINGS = {
+    "workers": Setting("count", "N", "worker processes; the default is one per core"),
+    "host": Setting("text", "ADDR", "address to serve on"),
+    "port": Setting("port", "PORT", "TCP port to serve on; 0 takes a free one"),
+    "dht_port": Setting("port", "PORT", "UDP port of the DHT; 0 takes a free one"),
+    "storage_dir": Setting("path", "DIR", "storage folder; the default is $FASTCAS_STORAGE, else ./storage"),
+    "node_id": Setting("text", "ID", "a name for people, shown in the ready line and status"),
+    "bootstrap": Setting("peers", "HOST:PORT", "a DHT node to join through (repeatable)"),
+    "peer": Setting("peers", "HOST:PORT", "a node to ask for every file, without discovery (repeatable)"),
+    "no_dht": Setting("flag", "", "run without discovery"),
+    "admin_port": Setting("port", "PORT", "HTTP status and metrics on 127.0.0.1 at this TCP port; 0 = off"),
+    "max_upload": Setting("rate", "RATE", "limit of all uploads together, bytes per second"),
+    "send_path": Setting("choice", "|".join(SEND_PATHS), "how chunks are sent"),
+}
 
 
 def default_workers() -> int:
@@ -50,22 +67,21 @@ def storage_root(path: str | os.PathLike[str]) -> Path:
 class NodeConfig:
     """Everything that one node is told at its start. `check()` says what cannot work.
 
-    Attributes are described by their metadata ("help"); kinds: text, count, port, path, flag, rate, peers, choice.
-    `dht_port_required` is derived: a port that the user named must be had, the default one may be replaced.
+    `SETTINGS` describes the fields. `dht_port_required` is derived: a port that the user named must be had, the default one may be replaced.
     """
 
-    workers: int = _setting(-1, "worker processes; the default is one per core", "N", "count")
-    host: str = _setting("0.0.0.0", "address to serve on", "ADDR")
-    port: int = _setting(DATA_PORT, "TCP port to serve on; 0 takes a free one", "PORT", "port")
-    dht_port: int = _setting(DHT_PORT, "UDP port of the DHT; 0 takes a free one", "PORT", "port")
-    storage_dir: str = _setting("", "storage folder; the default is $FASTCAS_STORAGE, else ./storage", "DIR", "path")
-    node_id: str = _setting("", "a name for people, shown in the ready line and status", "ID")
-    bootstrap: list[str] = _setting([], "a DHT node to join through (repeatable)", "HOST:PORT", "peers")
-    peer: list[str] = _setting([], "a node to ask for every file, without discovery (repeatable)", "HOST:PORT", "peers")
-    no_dht: bool = _setting(False, "run without discovery", "", "flag")
-    admin_port: int = _setting(0, "HTTP status and metrics on 127.0.0.1 at this TCP port; 0 = off", "PORT", "port")
-    max_upload: str = _setting("", "limit of all uploads together, bytes per second", "RATE", "rate")
-    send_path: str = _setting("auto", "how chunks are sent", "|".join(SEND_PATHS), "choice")
+    workers: int = -1
+    host: str = "0.0.0.0"
+    port: int = DATA_PORT
+    dht_port: int = DHT_PORT
+    storage_dir: str = ""
+    node_id: str = ""
+    bootstrap: list[str] = field(default_factory=list)
+    peer: list[str] = field(default_factory=list)
+    no_dht: bool = False
+    admin_port: int = 0
+    max_upload: str = ""
+    send_path: str = "auto"
     dht_port_required: bool = False
 
     def check(self) -> NodeConfig:
@@ -75,8 +91,6 @@ class NodeConfig:
             ConfigError: A value outside its range; the message names the setting.
             UsageError: A malformed address or rate; the message names the setting.
         """
-        from fastcas.ids import parse_rate
-
         if self.workers < 0:
             self.workers = default_workers()
         if self.workers > WORKERS_MAX:
@@ -105,8 +119,6 @@ class NodeConfig:
 
     def max_upload_rate(self) -> int | None:
         """Return the upload limit in bytes per second, None = unlimited."""
-        from fastcas.ids import parse_rate
-
         return parse_rate(self.max_upload, "--max-upload") if self.max_upload else None
 
     def bootstrap_peers(self) -> list[PeerAddr]:

@@ -160,7 +160,8 @@ def _say_sources(result: dict[str, Any]) -> None:
     banned = [f"; banned {peer}: {escape_for_terminal(reason)}" for peer, reason in result["banned"].items()]
     seconds = max(result["seconds"], 0.001)
     rate = bytes_text(result["size"] / seconds)
-    sys.stderr.write(f"{bytes_text(result['size'])} in {seconds:.1f} s, {rate}/s: {', '.join(parts)}{''.join(banned)}\n")
+    total = f"{bytes_text(result['size'])} in {seconds:.1f} s, {rate}/s"
+    sys.stderr.write(f"{total}: {', '.join(parts)}{''.join(banned)}\n")
 
 
 @command.command("ls")
@@ -219,9 +220,8 @@ def info_command(ref: str, storage_dir: str, as_json: bool) -> None:
         lines.append(["path", row["path"]])
     for manifest in result["manifests"]:
         parity = f", parity {manifest['parity']}: {manifest['n_parity']} chunks" if manifest["parity"] else ""
-        lines.append(
-            ["manifest", f"{manifest['manifest_hash']} {manifest['n_chunks']} chunks of {manifest['chunk_size']} B{parity}"]
-        )
+        cut = f"{manifest['n_chunks']} chunks of {manifest['chunk_size']} B{parity}"
+        lines.append(["manifest", f"{manifest['manifest_hash']} {cut}"])
     print_table(lines)
 
 
@@ -280,10 +280,11 @@ def _status_rows(status: dict[str, Any]) -> list[list[str]]:
                 ["worker", f"pid {worker['pid']}, {counters['active']} connections, {counters['requests']} requests, "
                            f"{bytes_text(counters['bytes_sent'])} sent"]
             )  # fmt: skip
+    stored, logical, linked = (bytes_text(kept[name]) for name in ("stored", "logical", "linked"))
     rows += [
         ["files", str(kept["files"])],
         ["chunks", str(kept["chunks"])],
-        ["stored", f"{bytes_text(kept['stored'])} of {bytes_text(kept['logical'])}, {bytes_text(kept['linked'])} in place"],
+        ["stored", f"{stored} of {logical}, {linked} in place"],
     ]
     for item in status.get("downloads", []):
         rate = bytes_text(item["rate_Bps"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from fastcas.cli.runner import run_command
-from fastcas.config import SEND_PATHS, NodeConfig
+from fastcas.config import SEND_PATHS, SETTINGS, NodeConfig, Setting
+from fastcas.limits import WORKERS_MAX
 
 __all__ = ["command", "main", "ready_line"]
 
@@ -27,24 +28,22 @@ def ready_line(facts: dict[str, Any]) -> str:
     )
 
 
-def _option(item: dataclasses.Field[Any]) -> click.Option:
-    kind = item.metadata["kind"]
-    name = item.name.replace("_", "-")
-    default = item.default if item.default is not dataclasses.MISSING else []
+def _option(name: str, setting: Setting) -> click.Option:
+    flag = "--" + name.replace("_", "-")
     types: dict[str, Any] = {
-        "count": click.IntRange(min=1),
+        "count": click.IntRange(1, WORKERS_MAX),
         "port": click.IntRange(0, 65535),
         "choice": click.Choice(SEND_PATHS),
     }
-    settings: dict[str, Any] = {"envvar": f"FASTCAS_{item.name.upper()}", "help": item.metadata["help"]}
-    if kind == "flag":
-        return click.Option([f"--{name}"], is_flag=True, **settings)
-    if kind == "peers":
-        return click.Option([f"--{name}"], multiple=True, metavar=item.metadata["metavar"], **settings)
-    shown = None if item.name == "workers" else default
+    shared: dict[str, Any] = {"envvar": f"FASTCAS_{name.upper()}", "help": setting.help}
+    if setting.kind == "flag":
+        return click.Option([flag], is_flag=True, **shared)
+    if setting.kind == "peers":
+        return click.Option([flag], multiple=True, metavar=setting.metavar, **shared)
+    default = None if name == "workers" else getattr(NodeConfig, name)
     return click.Option(
-        [f"--{name}"], type=types.get(kind, str), default=shown, metavar=item.metadata["metavar"],
-        show_default=bool(shown), **settings,
+        [flag], type=types.get(setting.kind, str), default=default, metavar=setting.metavar,
+        show_default=bool(default), **shared,
     )  # fmt: skip
 
 
@@ -57,7 +56,8 @@ def _run(**values: Any) -> int:
     given["workers"] = -1 if given["workers"] is None else given["workers"]
     source = context.get_parameter_source("dht_port")
     named = source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
-    config = NodeConfig(**given, dht_port_required=named and given["dht_port"] != 0).check()
+    given["dht_port_required"] = named and given["dht_port"] != 0
+    config = NodeConfig.from_json(json.dumps(given)).check()
     set_up_logging()
 
     def report(facts: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ def _run(**values: Any) -> int:
 
 command = click.Command(
     PROGRAM,
-    params=[_option(item) for item in dataclasses.fields(NodeConfig) if item.metadata],
+    params=[_option(name, setting) for name, setting in SETTINGS.items()],
     callback=_run,
     help="Run a node: serve what is stored, find and be found, until SIGTERM.",
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import click
 
@@ -50,7 +50,8 @@ def run_command(command: click.Command, program: str, arguments: Sequence[str] |
 def _invoke(command: click.Command, program: str, arguments: Sequence[str] | None) -> int:
     is_debugged = os.environ.get("FASTCAS_DEBUG") == "1"
     try:
-        result = command.main(args=None if arguments is None else list(arguments), prog_name=program, standalone_mode=False)
+        words = None if arguments is None else list(arguments)
+        result = command.main(args=words, prog_name=program, standalone_mode=False)
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
@@ -81,8 +82,3 @@ def _invoke(command: click.Command, program: str, arguments: Sequence[str] | Non
 def complain_usage(error: click.UsageError) -> None:
     """Write a command's help to stderr."""
     sys.stderr.write(error.format_message() + "\n")
-
-
-def as_callable(command: click.Command, program: str) -> Callable[[], int]:
-    """Return an entry point."""
-    return lambda: run_command(command, program)

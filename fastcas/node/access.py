@@ -146,7 +146,7 @@ async def _peers(args: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgress | None) -> dict[str, Any]:
-    from fastcas.fetch import download
+    from fastcas.fetch.download import download
     from fastcas.node.downloads import ProgressRelay, result_to_map
     from fastcas.node.export import export
     from fastcas.node.output_name import choose_name

@@ -40,6 +40,7 @@ from fastcas.peers.discovery import CompositeDiscovery, Discovery, StaticDiscove
 from fastcas.peers.ring_discovery import RingDiscovery
 from fastcas.store import Store
 from fastcas.table import Channel, Counters, Ring, write_keys, write_swarm
+from fastcas.table.snapshot import SwarmEntry
 
 __all__ = ["Agent"]
 
@@ -74,6 +75,7 @@ class Agent:
         self.started_at = time.time()
         self._stats: dict[str, int] = {}
         self.chunks_generation = 0
+        self.chunks_changed = asyncio.Event()  # set, and replaced, at every change
 
     # ---- life cycle ----
 
@@ -248,7 +250,9 @@ class Agent:
         """The DHT process, None while there is none."""
         return self._dht
 
-    def publish(self, to: str, key: str, message: Message | None, fds: list[int], forward: Message | None = None) -> None:
+    def publish(
+        self, to: str, key: str, message: Message | None, fds: list[int], forward: Message | None = None
+    ) -> None:
         """Have the supervisor send and remember a message; takes the fds over."""
         try:
             self._channel.send({"op": "publish", "to": to, "key": key, "message": message, "forward": forward}, fds)
@@ -348,11 +352,13 @@ class Agent:
 
     # ---- snapshots ----
 
-    def _publish_swarm(self, files: dict[bytes, dict[str, Any]]) -> None:
+    def _publish_swarm(self, files: dict[bytes, SwarmEntry]) -> None:
         self.publish("workers", "swarm", {"op": "swarm"}, [write_swarm(files)])
 
     def _on_keys_changed(self) -> None:
         self.chunks_generation += 1
+        self.chunks_changed.set()
+        self.chunks_changed = asyncio.Event()
         if self.has_dht and "keys" not in self._timers and self._is_ready:
             self._timers["keys"] = self.loop.call_later(KEYS_DELAY_S, self._begin_keys)
 

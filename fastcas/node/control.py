@@ -1,8 +1,9 @@
 """The control socket `node.sock`: requests of the same user's commands and programs, answered by the agent.
 
 Frames as in `wire.py`. A request is {id, op, args, n_fds}; the answers are any number of {id, progress} and at last
-{id, ok} or {id, error, message, exit_code}. {op: "cancel", args: {request}} ends one without an answer. Requests of one connection run side by side; when it ends they are
-cancelled. Owns the socket, the connections and the descriptors that came with a request until its handler is done.
+{id, ok} or {id, error, message, exit_code}; {op: "cancel", args: {request}} ends one without an answer. Requests of
+one connection run side by side; when it ends they are cancelled. Owns the socket, the connections and the
+descriptors that came with a request until its handler is done.
 Never: answers another user (0600 and SO_PEERCRED), or does anything itself.
 """
 

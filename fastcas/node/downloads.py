@@ -156,7 +156,8 @@ class Downloads:
         Raises:
             FastCASError: As `fastcas.fetch.download`; the part file is kept where it can be resumed.
         """
-        from fastcas.fetch import download  # its receiver and kernels are loaded when the first download needs them
+        # The receiver and its kernels are loaded when the first download needs them.
+        from fastcas.fetch.download import download
 
         running = Running(link.file_hash, link.name or out.name, time.monotonic())
         number = next(self._numbers)

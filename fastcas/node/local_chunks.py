@@ -20,7 +20,10 @@ class TableChunks:
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def open_extent(self, digest: bytes) -> tuple[int, int, int] | None:
-        """Return (fd, offset, length) where a chunk should lie, or None. The fd stays ours, valid until the next call."""
+        """Return (fd, offset, length) where a chunk should lie, or None.
+
+        The fd stays ours, valid until the next call.
+        """
         found = self._publisher.find_extent(digest)
         if found is None:
             return None

@@ -2,7 +2,7 @@
 
 The node is a process family (supervisor, agent, DHT, workers) started by exec, so that no `__main__` guard is needed
 and a notebook's running loop is no obstacle. It ends within 2 s after the program that started it. Methods go through
-`node.sock`; the synchronous attributes read a copy that is renewed every second.
+`node.sock`; the synchronous attributes read a copy that the node renews as things change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastcas.config import NodeConfig
 from fastcas.errors import FastCASError, NodeUnavailable, UsageError
-from fastcas.ids import PeerAddr
+from fastcas.ids import PeerAddr, short
 from fastcas.limits import DATA_PORT, DHT_PORT, FETCH_TIMEOUT_S
 from fastcas.metadata import FileMetadata, Manifest
 from fastcas.node import wire
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 START_S = 30.0
 STOP_S = 10.0
 KILL_S = 3.0
-RENEW_S = 1.0
+RETRY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +134,10 @@ class P2PNode:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner_fd = -1
         self._client: AsyncControlClient | None = None
-        self._renewer: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._manager: P2PPeerManager | None = None
         self._downloader: P2PChunkDownloader | None = None
         self._chunks: frozenset[bytes] = frozenset()
-        self._generation = -1
         self.dht_node = DhtNode()
         self.dht_node_id = ""
 
@@ -167,11 +166,16 @@ class P2PNode:
             self.dht_node_id = facts["node_id"]
             self.dht_node.port = facts["dht_port"]
             self._client = await AsyncControlClient.connect(self.storage_dir)
-            await self._renew()
+            first = asyncio.Event()
+            self._watcher = asyncio.get_running_loop().create_task(self._keep_watching(first))
+            async with asyncio.timeout(START_S):
+                await first.wait()
+        except TimeoutError:
+            await self.shutdown()
+            raise NodeUnavailable(f"node: does not answer within {START_S:.0f} s") from None
         except BaseException:
             await self.shutdown()
             raise
-        self._renewer = asyncio.get_running_loop().create_task(self._keep_renewing())
 
     async def _start(self) -> dict[str, Any]:
         config = NodeConfig.from_json(self._config.to_json())
@@ -181,7 +185,7 @@ class P2PNode:
         environment = {"FASTCAS_LOG": "WARNING", **os.environ}
         command = [sys.executable, "-m", "fastcas.node.supervisor", "--config", config.to_json()]
         try:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: ASYNC220 - a vfork, a few ms
                 [*command, "--owner-fd", str(owner_read)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 pass_fds=(owner_read,), env=environment, process_group=0,
             )  # fmt: skip
@@ -218,13 +222,13 @@ class P2PNode:
 
     async def shutdown(self) -> None:
         """End the node: uploads are drained, announcements withdrawn. Idempotent; at most about 15 s."""
-        renewer, self._renewer = self._renewer, None
-        if renewer is not None:
-            renewer.cancel()
-            await asyncio.gather(renewer, return_exceptions=True)
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
         downloader, self._downloader = self._downloader, None
         if downloader is not None:
-            await downloader.close()
+            downloader.close()
         client, self._client = self._client, None
         if client is not None:
             await client.close()
@@ -289,7 +293,8 @@ class P2PNode:
             NoPeers: Nobody has it.
             FastCASError: As `fastcas.fetch.download`; the part file is kept where it can be resumed.
         """
-        args = {"ref": ref, "out": None, "folder": os.fsencode(os.path.abspath(output_dir)), "timeout_s": timeout_s}
+        folder = os.path.abspath(output_dir)  # noqa: ASYNC240 - touches no disk
+        args = {"ref": ref, "out": None, "folder": os.fsencode(folder), "timeout_s": timeout_s}
         return Path((await self._call("get", args))["path"])
 
     async def status(self) -> dict[str, Any]:
@@ -305,7 +310,7 @@ class P2PNode:
         """
         if self._client is None:
             raise NodeUnavailable("peer_manager: the node is not initialized; await node.initialize() first")
-        if self._manager is None or not isinstance(self._manager.discovery, NodeDiscovery):
+        if self._manager is None:
             from fastcas.peers.manager import P2PPeerManager
 
             self._manager = P2PPeerManager(
@@ -340,39 +345,56 @@ class P2PNode:
         data = (await self._call("manifest", {"file_hash": file_hash, "manifest_hash": manifest_hash}))["manifest"]
         if data is not None:
             return Manifest.decode(data)
-        from fastcas.fetch.client import fetch_manifest
+        from fastcas.fetch.manifests import find_manifest
 
-        return await fetch_manifest(file_hash, manifest_hash, peers)
+        try:
+            return await find_manifest(file_hash, manifest_hash, [hint.addr for hint in peers])
+        except FastCASError as error:
+            log.info("no manifest file=%s error=%s", short(file_hash), error)
+            return None
 
-    async def _keep_renewing(self) -> None:
+    async def _keep_watching(self, first: asyncio.Event) -> None:
+        """Keep the copies of routing table and chunk hashes; `first` is set once they are there."""
+        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         while True:
-            await asyncio.sleep(RENEW_S)
+            tasks = [asyncio.ensure_future(self._call_watch(queue)), asyncio.ensure_future(self._apply(queue, first))]
             try:
-                await self._renew()
-            except FastCASError as error:
-                # The agent may be restarting; the supervisor brings it back.
-                log.info("node does not answer error=%s", error)
-                with contextlib.suppress(FastCASError):
-                    await self._reconnect()
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            log.info("node does not answer, its agent may be restarting")
+            await asyncio.sleep(RETRY_S)
+            with contextlib.suppress(FastCASError):
+                await self._reconnect()
 
-    async def _reconnect(self) -> None:
-        fresh = await AsyncControlClient.connect(self.storage_dir)
-        old, self._client = self._client, fresh
-        self._manager = None
-        if old is not None:
-            await old.close()
+    async def _call_watch(self, queue: asyncio.Queue[dict[str, Any]]) -> None:
+        if self._client is not None:
+            await self._client.call("watch", {}, queue.put_nowait)
 
-    async def _renew(self) -> None:
-        """Copy the routing table, and the chunk hashes if they changed."""
-        facts = await self._call("facts", {})
-        self.dht_node.routing_table.replace([RoutingNode(*node) for node in facts["nodes"]])
-        if facts["generation"] == self._generation:
-            return
+    async def _apply(self, queue: asyncio.Queue[dict[str, Any]], first: asyncio.Event) -> None:
+        generation = -1
+        while True:
+            facts = await queue.get()
+            self.dht_node.routing_table.replace([RoutingNode(*node) for node in facts["nodes"]])
+            if facts["generation"] != generation:
+                self._chunks = await self._fetch_local_chunks()
+                generation = facts["generation"]
+            first.set()
+
+    async def _fetch_local_chunks(self) -> frozenset[bytes]:
         hashes = b""
         while True:
             answer = await self._call("local_chunks", {"offset": len(hashes) // 32})
             hashes += answer["hashes"]
             if not answer["hashes"] or len(hashes) >= 32 * answer["total"]:
-                break
-        self._chunks = frozenset(hashes[at : at + 32] for at in range(0, len(hashes), 32))
-        self._generation = facts["generation"]
+                return frozenset(hashes[at : at + 32] for at in range(0, len(hashes), 32))
+
+    async def _reconnect(self) -> None:
+        fresh = await AsyncControlClient.connect(self.storage_dir)
+        old, self._client = self._client, fresh
+        if self._manager is not None:
+            self._manager.discovery = NodeDiscovery(fresh)
+        if old is not None:
+            await old.close()

@@ -49,7 +49,9 @@ class Publisher:
 
     # ---- StoreListener ----
 
-    def on_blob(self, number: int, path: bytes, device: int, inode: int, size: int, mtime_ns: int, linked: bool) -> None:
+    def on_blob(
+        self, number: int, path: bytes, device: int, inode: int, size: int, mtime_ns: int, linked: bool
+    ) -> None:
         """Name a blob of the store to the workers."""
         with self._lock:
             self._table.put_blob(

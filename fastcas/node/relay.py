@@ -24,7 +24,12 @@ class Relay:
         self._kept: dict[str, tuple[Message, list[int]]] = {}
 
     def publish(
-        self, children: Iterable[Child], key: str, message: Message | None, fds: list[int], forward: Message | None = None
+        self,
+        children: Iterable[Child],
+        key: str,
+        message: Message | None,
+        fds: list[int],
+        forward: Message | None = None,
     ) -> None:
         """Send `message` to all children and remember it under `key`; without one forget the key.
 

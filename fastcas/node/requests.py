@@ -20,20 +20,22 @@ from fastcas.limits import FETCH_TIMEOUT_S
 from fastcas.metadata import FileMetadata, Manifest
 from fastcas.node.announcer import Announcement
 from fastcas.node.control import Request
-from fastcas.node.node_discovery import serve_discovery
 from fastcas.node.listeners import reachable_host
+from fastcas.node.node_discovery import serve_discovery
 from fastcas.node.operations import LOCAL_OPERATIONS
 from fastcas.node.own_discovery import OwnDiscovery
 from fastcas.peers.discovery import CompositeDiscovery, Discovery, PeerHint
 
 if TYPE_CHECKING:
     from fastcas.node.agent import Agent
+    from fastcas.store import FileRow
 
 __all__ = ["RequestHandler"]
 
 REPAIR_FETCH_S = 60.0
 REPAIR_WANT = 8
 PEERS_WANT = 64
+WATCH_S = 1.0  # how old a handle's copy of the routing table gets
 HASHES_PER_ANSWER = 1 << 20
 
 
@@ -48,7 +50,7 @@ class RequestHandler:
             "status": lambda request: self.status(),
             "start_workers": self._start_workers,
             "stop": self._stop,
-            "facts": self._facts,
+            "watch": self._watch,
             "local_chunks": self._local_chunks,
             "manifest": self._manifest,
             "find_manifest": self._find_manifest,
@@ -77,14 +79,13 @@ class RequestHandler:
         host = reachable_host(agent.state["host"]) or "127.0.0.1"
         me = PeerHint(agent.node_id, host, port, "own") if port else None
 
-        async def has_file(file_hash: bytes) -> bool:
-            row = await agent.thread.run(agent.store.file, file_hash)
-            return row is not None and row.is_complete
+        async def find_file(file_hash: bytes) -> FileRow | None:
+            return await agent.thread.run(agent.store.file, file_hash)
 
         def has_chunk(digest: bytes) -> bool:
             return agent.publisher.find_extent(digest) is not None
 
-        return CompositeDiscovery([OwnDiscovery(me, has_file, has_chunk), agent.discovery()])
+        return CompositeDiscovery([OwnDiscovery(me, find_file, has_chunk), agent.discovery()])
 
     async def status(self) -> dict[str, Any]:
         """Return what `fastcas status` shows. Does not wait behind a long ingest for more than a second."""
@@ -124,8 +125,11 @@ class RequestHandler:
             peers.append((hint.ip, hint.port))
         if not peers:
             return None
-        downloader = P2PChunkDownloader(None)
-        return await downloader.download_with_retry(digest.hex(), peers)
+        downloader = P2PChunkDownloader()
+        try:
+            return await downloader.download_with_retry(digest.hex(), peers)
+        finally:
+            downloader.close()
 
     async def _local(self, request: Request) -> dict[str, Any]:
         agent = self._agent
@@ -215,10 +219,11 @@ class RequestHandler:
 
     async def _start_workers(self, request: Request) -> dict[str, Any]:
         args = request.args
+        host, port, workers = str(args["host"]), int(args["port"]), int(args["workers"])
         reply = await self._agent.ask_supervisor(
-            {"op": "start_workers", "host": str(args["host"]), "port": int(args["port"]), "workers": int(args["workers"])}
+            {"op": "start_workers", "host": host, "port": port, "workers": workers}
         )
-        self._agent.state |= {"host": str(args["host"]), "port": reply["port"]}
+        self._agent.state |= {"host": host, "port": reply["port"]}
         await self._agent.announce_everything()
         return {"port": reply["port"]}
 
@@ -226,10 +231,23 @@ class RequestHandler:
         self._agent.ask_stop()
         return {}
 
-    async def _facts(self, request: Request) -> dict[str, Any]:
-        """What a library handle keeps a copy of: the routing table, and a number that changes with the chunks."""
-        nodes = await self._agent.dht.routing() if self._agent.dht is not None else []
-        return {"nodes": [[n.node_id, n.ip, n.port] for n in nodes], "generation": self._agent.chunks_generation}
+    async def _watch(self, request: Request) -> dict[str, Any]:
+        """Tell a library handle what it keeps a copy of, at once and whenever it changes, until it goes away.
+
+        The routing table, and a number that changes with the chunks.
+        """
+        agent = self._agent
+        told: dict[str, Any] = {}
+        while True:
+            generation, changed = agent.chunks_generation, agent.chunks_changed
+            nodes = await agent.dht.routing() if agent.dht is not None else []
+            facts = {"nodes": [[n.node_id, n.ip, n.port] for n in nodes], "generation": generation}
+            if facts != told:
+                told = facts
+                request.progress(facts)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_S):
+                    await changed.wait()
 
     async def _manifest(self, request: Request) -> dict[str, Any]:
         store = self._agent.store

@@ -21,6 +21,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastcas.config import NodeConfig
@@ -30,7 +31,7 @@ from fastcas.node import wire
 from fastcas.node.child import BackOff, Child
 from fastcas.node.listeners import open_listeners, probe_udp
 from fastcas.node.relay import Relay
-from fastcas.table import Channel, Counters, GivenBoard, Ring
+from fastcas.table import Counters, GivenBoard, Ring
 
 __all__ = ["Supervisor", "run_supervisor"]
 
@@ -322,7 +323,10 @@ class Supervisor:
     def _tell_agent_state(self) -> None:
         """Facts for `status`: which processes run, on which ports."""
         if self._agent is not None:
-            workers = [{"pid": c.pid, "slot": c.slot, "ready": c.is_ready, "draining": c.is_draining} for c in self._workers()]
+            workers = [
+                {"pid": worker.pid, "slot": worker.slot, "ready": worker.is_ready, "draining": worker.is_draining}
+                for worker in self._workers()
+            ]
             self._agent.send(
                 {"op": "state", "host": self._listen_host, "port": self._port, "dht_port": self._dht_port,
                  "dht_pid": self._dht.pid if self._dht else None, "workers": workers}
@@ -374,10 +378,10 @@ class Supervisor:
 
     def _on_publish(self, child: Child, message: Message, fds: list[int]) -> None:
         if message["to"] == "workers":
-            self._workers_relay.publish(self._workers(), message["key"], message["message"], fds, message.get("forward"))
+            relay, running = self._workers_relay, self._workers()
         else:
-            running = [self._dht] if self._dht is not None else []
-            self._dht_relay.publish(running, message["key"], message["message"], fds, message.get("forward"))
+            relay, running = self._dht_relay, [self._dht] if self._dht is not None else []
+        relay.publish(running, message["key"], message["message"], fds, message["forward"])
 
     def _on_start_workers(self, child: Child, message: Message, fds: list[int]) -> None:
         request = message["id"]
@@ -451,7 +455,7 @@ class Supervisor:
                 seat.child = None
                 if not served:
                     self._count_early_death(seat)
-                self._restart(seat.back_off, served, lambda: self._start_worker(seat))
+                self._restart(seat.back_off, served, partial(self._start_worker, seat))
                 return
 
     def _count_early_death(self, seat: Seat) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastcas.limits import SWARM_PEERS_MAX
+from fastcas.table.snapshot import SwarmEntry
 
 __all__ = ["SwarmBook"]
 
@@ -48,7 +49,7 @@ class SwarmBook:
     def __init__(
         self,
         own_id: str,
-        publish: Callable[[dict[bytes, dict[str, Any]]], None],
+        publish: Callable[[dict[bytes, SwarmEntry]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._own_id = own_id
@@ -152,7 +153,7 @@ class SwarmBook:
         self._publish(
             {
                 file_hash: {
-                    "peers": [list(peer) for peer in self.peers_of(file_hash)],
+                    "peers": self.peers_of(file_hash),
                     "manifests": self._manifests.get(file_hash, []),
                 }
                 for file_hash in self._files.keys() | self._manifests.keys()
