@@ -335,7 +335,7 @@ class _Healer:
         lost += [i for at, i in enumerate(parity) if shards[manifest.k + at] is None]
         for index in lost:
             at = index - data[0] if index in data else manifest.k + index - parity[0]
-            piece = bytes(whole[at][: manifest.length_of(index)])
+            piece = bytes(memoryview(whole[at])[: manifest.length_of(index)])
             name = manifest.hash_of(index)
             if name not in self._how and sha256(piece) == name:
                 self._keep(name, piece, "parity")

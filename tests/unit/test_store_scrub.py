@@ -293,7 +293,7 @@ def test_subset_out_of_range_is_refused(store: Store, subset: tuple[int, int]) -
 
 
 def test_load_hides_what_a_lost_blob_held(store: Store, tmp_path: Path) -> None:
-    data, manifest = put(store, tmp_path, 3)
+    _, manifest = put(store, tmp_path, 3)
     _, other = put(store, tmp_path, 4)
     place(store, manifest.hash_of(0))[0].unlink()
     mirror = Mirror()
