@@ -1,7 +1,11 @@
 """Products of matrices over GF(2^8) with rows of bytes. Every `kernel` argument names one of kernels(); None is
 kernel_name()."""
 
+from typing import TypeVar
+
 from typing_extensions import Buffer
+
+T = TypeVar("T", bound=Buffer)
 
 def kernel_name() -> str:
     """Return the name of the kernel that this process uses by default.
@@ -47,7 +51,7 @@ class Plan:
     def kernel(self) -> str:
         """Name of the kernel in use."""
 
-    def apply(self, inputs: list[Buffer], outputs: list[Buffer | None]) -> list[Buffer]:
+    def apply(self, inputs: list[Buffer], outputs: list[T | None]) -> list[T | bytes]:
         """Compute each output as the matrix's combination of the inputs, without the GIL.
 
         Args:

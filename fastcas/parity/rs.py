@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import index
+from typing import TypeVar, overload
 
 from typing_extensions import Buffer
 
@@ -14,6 +15,9 @@ from fastcas.parity._gf256 import Plan
 from fastcas.parity.matrix import cauchy, decode_rows
 
 __all__ = ["ReedSolomon"]
+
+S = TypeVar("S", bound=Buffer)
+T = TypeVar("T", bound=Buffer)
 
 # Plans kept, of all codes together. One takes 40 B per coefficient: 1.6 KiB for 10+4, 630 KiB at the very most.
 CACHED_PLANS = 64
@@ -71,7 +75,13 @@ class ReedSolomon:
         """Name of the kernel in use."""
         return self._plan.kernel
 
-    def encode(self, data: Sequence[Buffer], out: Sequence[Buffer | None] | None = None) -> list[Buffer]:
+    @overload
+    def encode(self, data: Sequence[Buffer], out: None = None) -> list[bytes]: ...
+    @overload
+    def encode(self, data: Sequence[Buffer], out: Sequence[T]) -> list[T]: ...
+    @overload
+    def encode(self, data: Sequence[Buffer], out: Sequence[T | None]) -> list[T | bytes]: ...
+    def encode(self, data: Sequence[Buffer], out: Sequence[T | None] | None = None) -> Sequence[T | bytes]:
         """Compute the m parity shards of k data shards.
 
         Args:
@@ -88,11 +98,10 @@ class ReedSolomon:
             raise UsageError(f"data: expected {self._k} shards, got {len(data)}; nothing was encoded")
         if out is not None and len(out) != self._m:
             raise UsageError(f"out: expected {self._m} shards, got {len(out)}; nothing was encoded")
-        return self._plan.apply(list(data), [None] * self._m if out is None else list(out))
+        slots: list[T | None] = [None] * self._m if out is None else list(out)
+        return self._plan.apply(list(data), slots)
 
-    def reconstruct(
-        self, shards: Sequence[Buffer | None], out: Sequence[Buffer | None] | None = None
-    ) -> list[Buffer]:
+    def reconstruct(self, shards: Sequence[S | None], out: Sequence[T | None] | None = None) -> list[S | T | bytes]:
         """Rebuild what is lost, data and parity alike.
 
         The first k survivors are used; further ones are neither read nor checked, except for their lengths.
@@ -109,9 +118,9 @@ class ReedSolomon:
         Cost: one pass over k survivors; the inverse for a pattern of losses is computed once and cached.
         """
         total = self._k + self._m
-        for name, slots in (("shards", shards), ("out", out)):
-            if slots is not None and len(slots) != total:
-                raise UsageError(f"{name}: expected {total} slots, got {len(slots)}; nothing was rebuilt")
+        for name, n_slots in (("shards", len(shards)), ("out", total if out is None else len(out))):
+            if n_slots != total:
+                raise UsageError(f"{name}: expected {total} slots, got {n_slots}; nothing was rebuilt")
         survivors = [i for i, shard in enumerate(shards) if shard is not None]
         lost = [i for i, shard in enumerate(shards) if shard is None]
         if len(survivors) < self._k:
@@ -121,16 +130,17 @@ class ReedSolomon:
             )
         given = [shard for shard in shards if shard is not None]
         _check_equal_lengths(given, survivors)
-        result: list[Buffer | None] = list(shards)
+        result: list[S | T | bytes | None] = list(shards)
         if lost:
             plan = _decode_plan(self._k, self._m, tuple(survivors[: self._k]), tuple(lost), self._kernel)
-            rebuilt = plan.apply(given[: self._k], [None] * len(lost) if out is None else [out[i] for i in lost])
+            wanted: list[T | None] = [None] * len(lost) if out is None else [out[i] for i in lost]
+            rebuilt = plan.apply([*given[: self._k]], wanted)
             for i, shard in zip(lost, rebuilt, strict=True):
                 result[i] = shard
         return [shard for shard in result if shard is not None]
 
 
-def _check_equal_lengths(buffers: list[Buffer], slots: list[int]) -> None:
+def _check_equal_lengths(buffers: Sequence[Buffer], slots: list[int]) -> None:
     """Raise UsageError unless all buffers (of the slots named) have the same number of bytes."""
     lengths = []
     for slot, buffer in zip(slots, buffers, strict=True):
