@@ -63,18 +63,20 @@ void fcas_gf256_plan_free(fcas_gf256_plan *plan)
 void fcas_gf256_plan_apply(const fcas_gf256_plan *plan, const uint8_t *const *in, uint8_t *const *out,
                            size_t n)
 {
-    size_t max_rows = plan->kernel->max_rows;
-    size_t block = n; /* one group of outputs reads each input once: nothing to keep in a cache */
+    /* As even as possible: a group of one or two outputs costs nearly as many loads as a full one. */
+    size_t n_groups = (plan->n_out + plan->kernel->max_rows - 1) / plan->kernel->max_rows;
+    size_t group = (plan->n_out + n_groups - 1) / n_groups;
+    size_t block = n; /* one group reads each input once: nothing to keep in a cache */
 
-    if (plan->n_out > max_rows) {
+    if (n_groups > 1) {
         block = BLOCK_TOTAL / plan->n_in / ALIGNMENT * ALIGNMENT;
         if (block < BLOCK_MIN)
             block = BLOCK_MIN;
     }
     for (size_t begin = 0; begin < n;) {
         size_t end = n - begin > block ? begin + block : n;
-        for (size_t first = 0; first < plan->n_out; first += max_rows) {
-            size_t n_rows = plan->n_out - first < max_rows ? plan->n_out - first : max_rows;
+        for (size_t first = 0; first < plan->n_out; first += group) {
+            size_t n_rows = plan->n_out - first < group ? plan->n_out - first : group;
             plan->kernel->rows(plan, first, n_rows, in, out, begin, end);
         }
         begin = end;
