@@ -54,7 +54,7 @@ static void set_source(fcas_conn *c, const struct sockaddr_storage *from)
         memcpy(c->ip + 12, &a->sin_addr, 4);
         c->port = ntohs(a->sin_port);
     }
-    c->local = (memcmp(c->ip, MAPPED, 12) == 0 && c->ip[12] == 127) || memcmp(c->ip, LOCAL6, 16) == 0 ? 1 : 2;
+    c->local = (memcmp(c->ip, MAPPED, 12) == 0 && c->ip[12] == 127) || memcmp(c->ip, LOCAL6, 16) == 0;
 }
 
 static void pause_accept(fcas_engine *e)
@@ -109,6 +109,8 @@ static void accept_some(fcas_engine *e)
             continue;
         }
         set_source(c, &from);
+        if (!c->local && e->congestion_len)
+            setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, e->congestion, e->congestion_len);
         struct epoll_event event = {.events = CLIENT_EVENTS, .data.u64 = (uint64_t)c->birth << 32 | c->index};
         fcas_timer_set(e, c, TIMER_HEADER);
         fcas_engine_count(e, FCAS_CTR_ACCEPTED, 1);
@@ -367,6 +369,25 @@ int fcas_engine_fd(const fcas_engine *e)
     return e->epfd;
 }
 
+/* Loopback peers get an unpaced congestion control: where the system's default is BBR, its pacing timers cost two thirds
+ * of the CPU of a 1 MiB response, on a path that has nothing to pace (bench/serve.py). Once a connection is paced it
+ * stays so; therefore the listener, which connections inherit from, has "reno", and accept_some gives the others the
+ * system's default back. That is read from the system: the listener may have been another worker's before. */
+static void set_congestion_control(fcas_engine *e)
+{
+    static const char UNPACED[] = "reno";
+    int     fd = open("/proc/sys/net/ipv4/tcp_congestion_control", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, e->congestion, sizeof e->congestion);
+    if (fd >= 0)
+        close(fd);
+    while (n > 0 && e->congestion[n - 1] == '\n')
+        n--;
+    if (n <= 0 || (size_t)n >= sizeof e->congestion || setsockopt(e->config.listener, IPPROTO_TCP, TCP_CONGESTION,
+                                                                   UNPACED, sizeof UNPACED - 1) != 0)
+        return;
+    e->congestion_len = (socklen_t)n;
+}
+
 static fcas_status open_engine(fcas_engine *e)
 {
     e->input = malloc(FCAS_INPUT_SIZE);
@@ -386,6 +407,7 @@ static fcas_status open_engine(fcas_engine *e)
     unsigned int timeout_ms = (unsigned)(e->config.stall_ns / 1000000);
     setsockopt(e->config.listener, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     setsockopt(e->config.listener, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout_ms, sizeof timeout_ms);
+    set_congestion_control(e);
     struct epoll_event event = {.events = EPOLLIN, .data.u64 = KICK_TAG};
     if (epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->kick, &event) != 0 || listen_on(e) != 0)
         return FCAS_E_SYS;

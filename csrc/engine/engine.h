@@ -24,7 +24,7 @@ typedef enum { FCAS_SEND_AUTO = 0, FCAS_SEND_SENDFILE = 1, FCAS_SEND_COPY = 2 } 
 typedef struct {
     int      listener;         /* listening TCP socket; made non-blocking; stays the caller's */
     int      send_path;        /* fcas_send_path */
-    uint32_t copy_max;         /* auto: longest body copied from the mapping to another host, bytes */
+    uint32_t copy_max;         /* auto: longest body copied from the mapping, bytes; longer: sendfile */
     uint32_t max_connections;  /* 1..1,000,000; more are answered 503 and closed */
     uint32_t max_cached;       /* blob windows kept open and mapped while nobody uses them; >= 1 */
     uint32_t max_parked;       /* parked requests at once; more get 503 */

@@ -3,6 +3,7 @@
 #define FCAS_ENGINE_INTERNAL_H
 
 #include <sys/epoll.h>
+#include <sys/socket.h>
 #include <sys/types.h>
 
 #include "engine/engine.h"
@@ -76,7 +77,7 @@ struct fcas_conn {
     uint8_t    eof;
     uint8_t    close_after; /* this response is the last one */
     uint8_t    is_head;
-    uint8_t    local;       /* 0 unknown, 1 same host, 2 another host */
+    uint8_t    local;       /* a loopback peer */
     uint8_t    use_sendfile;
     uint8_t    notify;
     uint8_t    bucket;      /* epoch bucket + 1, 0 = no extent in flight */
@@ -118,6 +119,8 @@ struct fcas_engine {
     int      listening;     /* the listener is in the epoll instance */
     int      draining;
     int      kicked;
+    char     congestion[32]; /* the system's congestion control, for peers elsewhere; empty = leave it alone */
+    socklen_t congestion_len;
     int64_t  now_ns;
     int64_t  accept_at_ns;  /* paused until then */
     int64_t  drain_ns;

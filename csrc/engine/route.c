@@ -131,10 +131,10 @@ int fcas_route_extent(fcas_engine *e, fcas_conn *c, fcas_place place, uint64_t s
     return 0;
 }
 
-static int sends_with_sendfile(const fcas_engine *e, const fcas_conn *c, uint64_t length)
+static int sends_with_sendfile(const fcas_engine *e, uint64_t length)
 {
     if (e->config.send_path == FCAS_SEND_AUTO)
-        return length > e->config.copy_max && c->local != 1;
+        return length > e->config.copy_max;
     return e->config.send_path == FCAS_SEND_SENDFILE;
 }
 
@@ -268,7 +268,7 @@ static int answer(fcas_engine *e, fcas_conn *c, const uint8_t *buf, const conten
         put(&o, explanation_of(416), strlen(explanation_of(416)));
     send_scratch(e, c, &o);
     if (c->blob)
-        c->use_sendfile = (uint8_t)sends_with_sendfile(e, c, length);
+        c->use_sendfile = (uint8_t)sends_with_sendfile(e, length);
     fcas_conn_begin(e, c, status);
     return 0;
 }

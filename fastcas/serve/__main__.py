@@ -12,9 +12,13 @@ from fastcas.serve.worker import run_worker
 def main() -> int:
     """Parse the command line and serve; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastcas.serve")
-    parser.add_argument("--channel", type=int, required=True, metavar="FD", help="inherited end of the parent's channel")
+    parser.add_argument(
+        "--channel", type=int, required=True, metavar="FD", help="inherited end of the parent's channel"
+    )
     options = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+    )
     return run_worker(options.channel)
 
 

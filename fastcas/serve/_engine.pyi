@@ -82,7 +82,7 @@ class Engine:
             counters_fd: Counters memfd, borrowed; -1 = count nothing.
             counter_slot: This worker's slot there.
             send_path: "auto", "sendfile" or "copy".
-            copy_max: auto: longest body sent from the mapping to another host, bytes.
+            copy_max: auto: longest body sent from the mapping, bytes; longer ones by sendfile.
             max_connections: More are answered 503 and closed.
             max_cached: Blob windows kept open while nobody uses them.
             max_parked: Parked requests at once; more are answered 503.
@@ -128,7 +128,9 @@ class Engine:
             UsageError: More than 2 KiB of fields, 2 GiB of body.
             MemoryError: The request stays parked.
         """
-    def respond_chunk(self, handle: int, chunk_hash: bytes, fields: bytes = b"", *, notify: bool = False) -> bool | None:
+    def respond_chunk(
+        self, handle: int, chunk_hash: bytes, fields: bytes = b"", *, notify: bool = False
+    ) -> bool | None:
         """Answer a parked request with a chunk of the table.
 
         Args:
