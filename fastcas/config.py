@@ -67,7 +67,8 @@ def storage_root(path: str | os.PathLike[str]) -> Path:
 class NodeConfig:
     """Everything that one node is told at its start. `check()` says what cannot work.
 
-    `SETTINGS` describes the fields. `dht_port_required` is derived: a port that the user named must be had, the default one may be replaced.
+    `SETTINGS` describes the fields. `dht_port_required` is derived: a port that the user named must be had, the
+    default one may be replaced.
     """
 
     workers: int = -1

@@ -65,6 +65,7 @@ class Agent:
         self._early: list[tuple[Message, list[int]]] = []
         self._stack = contextlib.AsyncExitStack()
         self._is_ready = False
+        self._status = 0
         self._dht: RingDiscovery | None = None
         self._snapshot_running = False
         self.config = NodeConfig()
@@ -74,6 +75,7 @@ class Agent:
         self.state: Message = {"workers": [], "host": "0.0.0.0", "port": 0, "dht_port": None, "dht_pid": None}
         self.started_at = time.time()
         self._stats: dict[str, int] = {}
+        self._stats_are_old = True
         self.chunks_generation = 0
         self.chunks_changed = asyncio.Event()  # set, and replaced, at every change
 
@@ -97,16 +99,12 @@ class Agent:
             except TimeoutError:
                 log.warning("stopping took too long, left the rest to the kernel")
 
-    _status = 0
-    _channel_is_gone = False
-
     def _end(self, status: int = 0) -> None:
         self._status = status
         self._ended.set()
 
     def _on_eof(self) -> None:
         # Nobody is there to restart the others: be gone well within 2 s. What is on disk is consistent at any time.
-        self._channel_is_gone = True
         os._exit(0)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -287,8 +285,6 @@ class Agent:
     def forget_stats(self) -> None:
         """The store changed: its figures have to be asked for anew."""
         self._stats_are_old = True
-
-    _stats_are_old = True
 
     async def store_stats(self) -> dict[str, int]:
         """Return the store's figures; the last known ones while a long job keeps it busy."""

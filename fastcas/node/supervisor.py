@@ -38,6 +38,7 @@ __all__ = ["Supervisor", "run_supervisor"]
 log = logging.getLogger(__name__)
 
 Message = dict[str, Any]
+START_S = 30.0  # a child that is not ready by then never will be
 WATCH_S = 1.0  # how often heartbeats are looked at
 CRASHES_REPORTED = 10  # this many early deaths in CRASH_WINDOW_S are reported, and fatal before the first ready
 CRASH_WINDOW_S = 60.0
@@ -65,6 +66,7 @@ class Supervisor:
         self._lock_fd = lock_fd
         self._report = report
         self._owner_fd = owner_fd
+        self._owner_gone = False
         self._seats: list[Seat] = []
         self._listen_host = config.host
         self._port = 0
@@ -151,7 +153,7 @@ class Supervisor:
     async def _end_children(self) -> None:
         """Drain the workers, let the agent withdraw while the DHT process lives, then end whatever is left."""
         self._stopping = True
-        drain_s = CHILD_LINGER_S / 2 if self._owner_is_gone() else DRAIN_S
+        drain_s = CHILD_LINGER_S / 2 if self._owner_gone else DRAIN_S
         deadline = time.monotonic() + drain_s
         for child in self._workers():
             self._drain(child)
@@ -173,11 +175,6 @@ class Supervisor:
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), left)
-
-    def _owner_is_gone(self) -> bool:
-        return self._owner_fd is not None and self._owner_gone
-
-    _owner_gone = False
 
     def _stop(self, reason: FastCASError | None = None) -> None:
         if reason is not None and self._stop_reason is None:
@@ -241,6 +238,8 @@ class Supervisor:
         return child
 
     def _start_agent(self) -> None:
+        if self._agent is not None:
+            return
         config = self._config
         self._agent = agent = self._spawn("agent", "fastcas.node.agent", AGENT_SLOT)
         agent.send(
@@ -255,15 +254,16 @@ class Supervisor:
             self._tell_agent_of_dht()
         self._tell_agent_state()
 
-    def _start_workers(self) -> None:
-        for seat in self._seats:
-            if seat.child is None:
-                self._start_worker(seat)
+    def _fill_seat(self, seat: Seat) -> None:
+        if seat.child is None and self._identity is not None:
+            self._start_worker(seat)
 
     def _start_worker(self, seat: Seat) -> Child:
         """Start a worker on a seat; the one that sits there goes on serving until it is drained."""
         assert self._identity is not None
         slot = next(number for number in range(AGENT_SLOT) if number not in self._slots_used)
+        for gauge in ("active", "epoch_safe", "epoch_table"):
+            self._counters.set(slot, gauge, 0)
         ring = Ring.create()
         self._slots_used[slot] = [ring]
         if seat.child is not None:
@@ -281,7 +281,8 @@ class Supervisor:
         return child
 
     def _start_dht(self) -> None:
-        assert self._identity is not None
+        if self._dht is not None or self._identity is None:
+            return
         config = self._config
         for ring in self._dht_rings:
             ring.close()
@@ -346,9 +347,10 @@ class Supervisor:
 
     def _on_identity(self, child: Child, message: Message, fds: list[int]) -> None:
         self._identity = {"seed": message["seed"], "node_id": message["node_id"]}
-        self._start_workers()
-        if not self._config.no_dht and self._dht is None:
-            self._start_dht()
+        for seat in self._seats:
+            self._try_start(partial(self._fill_seat, seat))
+        if not self._config.no_dht:
+            self._try_start(self._start_dht)
 
     def _on_agent_ready(self, child: Child, message: Message, fds: list[int]) -> None:
         child.is_ready = True
@@ -395,7 +397,8 @@ class Supervisor:
             child.send({"op": "reply", "id": request, "ok": False, **wire.error_to_map(error)})
             return
         self._pending_starts[request] = child
-        self._start_workers()
+        for seat in self._seats:
+            self._try_start(partial(self._fill_seat, seat))
         if self._dht is not None:
             self._dht.send({"op": "data_port", "port": self._port})
 
@@ -455,7 +458,7 @@ class Supervisor:
                 seat.child = None
                 if not served:
                     self._count_early_death(seat)
-                self._restart(seat.back_off, served, partial(self._start_worker, seat))
+                self._restart(seat.back_off, served, partial(self._fill_seat, seat))
                 return
 
     def _count_early_death(self, seat: Seat) -> None:
@@ -468,23 +471,34 @@ class Supervisor:
                 self._stop(LocalProtocolError(f"worker: died {CRASHES_REPORTED} times before it served"))
 
     def _restart(self, back_off: BackOff, served: bool, start: Callable[[], object]) -> None:
-        if self._stopping or self._done.is_set():
-            return
         delay_s = back_off.after_exit(served=served)
         if delay_s:
-            self._call_later(delay_s, lambda: None if self._stopping or self._done.is_set() else start())
+            self._call_later(delay_s, partial(self._try_start, start))
         else:
+            self._try_start(start)
+
+    def _try_start(self, start: Callable[[], object]) -> None:
+        """Start a child unless the node ends; a machine that is out of processes gets another chance later."""
+        if self._stopping or self._done.is_set():
+            return
+        try:
             start()
+        except OSError as error:
+            log.error("cannot start a child error=%s", error)
+            self._call_later(BACKOFF_MAX_S, partial(self._try_start, start))
 
     def _watch(self) -> None:
-        """Kill whoever has not turned its loop for 10 s; its exit does the rest."""
+        """Kill whoever has not turned its loop for 10 s, or does not get ready; its exit does the rest."""
         now = time.monotonic()
         for child in self._children():
-            if child.kind != "dht" and child.is_ready:
-                beat = self._counters.get(child.slot, "heartbeat_ns") / 1e9
-                if now - max(beat, child.started_at) > HUNG_AFTER_S:
-                    log.error("child hangs, killed child=%s pid=%d", child.name, child.pid)
-                    child.kill()
+            limit_s, last = START_S, child.started_at
+            if child.kind == "agent" or (child.kind == "worker" and child.is_ready):
+                limit_s, last = HUNG_AFTER_S, max(last, self._counters.get(child.slot, "heartbeat_ns") / 1e9)
+            elif child.is_ready:
+                continue
+            if now - last > limit_s:
+                log.error("child hangs, killed child=%s pid=%d", child.name, child.pid)
+                child.kill()
         self._call_later(WATCH_S, self._watch)
 
     def _call_later(self, delay_s: float, callback: Callable[[], object]) -> None:
