@@ -13,6 +13,7 @@ static const char MAGIC[8] = {'F', 'C', 'A', 'S', 'G', 'I', 'V', '1'};
 #define DIRECTORY_AT  4096u
 #define SLOTS_MAX     65536u
 #define BITS_SIZE_MAX (UINT64_C(1) << 30)
+#define EMPTYING      (UINT64_C(1) << 63) /* of turn */
 
 typedef struct {
     char     magic[8];
@@ -22,7 +23,8 @@ typedef struct {
     uint64_t total;
     uint64_t secret[2];
     uint64_t reserved[10];
-    _Atomic uint64_t used;
+    _Atomic uint64_t used[2];
+    _Atomic uint64_t turn;
 } board_header;
 
 typedef struct {
@@ -32,6 +34,7 @@ typedef struct {
 
 _Static_assert(offsetof(board_header, secret) == 32, "secret");
 _Static_assert(offsetof(board_header, used) == 128, "used");
+_Static_assert(offsetof(board_header, turn) == 144, "turn");
 _Static_assert(sizeof(board_entry) == 16, "entry");
 
 /* A file's bits, checked against the arena. */
@@ -45,19 +48,30 @@ static board_header *header(const fcas_given *b)
     return (board_header *)(void *)b->base;
 }
 
-static board_entry *directory(const fcas_given *b)
+static board_entry *directory(const fcas_given *b, unsigned half)
 {
-    return (board_entry *)(void *)(b->base + DIRECTORY_AT);
+    return (board_entry *)(void *)(b->base + DIRECTORY_AT) + (size_t)half * b->n_slots;
 }
 
-static _Atomic uint64_t *arena(const fcas_given *b)
+static _Atomic uint64_t *arena(const fcas_given *b, unsigned half)
 {
-    return (_Atomic uint64_t *)(void *)(b->base + DIRECTORY_AT + b->n_slots * sizeof(board_entry));
+    return (_Atomic uint64_t *)(void *)directory(b, 2) + half * b->n_words;
+}
+
+static uint64_t load_turn(const fcas_given *b)
+{
+    /* Acquire: pairs with the release store in change_halves(), so the new half is seen empty. */
+    return atomic_load_explicit(&header(b)->turn, memory_order_acquire);
+}
+
+static unsigned half_in_use(uint64_t turn)
+{
+    return (unsigned)(turn & 1);
 }
 
 static uint64_t board_bytes(uint64_t n_slots, uint64_t bits_size)
 {
-    return DIRECTORY_AT + n_slots * sizeof(board_entry) + bits_size;
+    return DIRECTORY_AT + 2 * (n_slots * sizeof(board_entry) + bits_size);
 }
 
 static int shape_is_valid(uint32_t n_slots, uint64_t bits_size)
@@ -129,14 +143,14 @@ static uint64_t tag_of(const fcas_given *b, const uint8_t manifest_hash[32])
     return tag != 0 ? tag : 1;
 }
 
-static fcas_status check_region(const fcas_given *b, uint64_t region, bit_set *out)
+static fcas_status check_region(const fcas_given *b, unsigned half, uint64_t region, bit_set *out)
 {
     uint32_t n = (uint32_t)region;
     uint64_t first = region >> 32;
     uint64_t words = ((uint64_t)n + 63) / 64;
     if (n < 1 || n > FCAS_GIVEN_CHUNKS_MAX || first > b->n_words || words > b->n_words - first)
         return FCAS_E_FULL; /* a damaged entry is as good as none */
-    out->words = arena(b) + first;
+    out->words = arena(b, half) + first;
     out->n = n;
     return FCAS_OK;
 }
@@ -145,23 +159,24 @@ static fcas_status check_region(const fcas_given *b, uint64_t region, bit_set *o
 static fcas_status find(const fcas_given *b, const uint8_t manifest_hash[32], bit_set *out)
 {
     uint64_t tag = tag_of(b, manifest_hash);
+    unsigned half = half_in_use(load_turn(b));
     for (uint32_t step = 0; step < b->n_slots; step++) {
-        board_entry *entry = &directory(b)[(tag + step) & (b->n_slots - 1)];
+        board_entry *entry = &directory(b, half)[(tag + step) & (b->n_slots - 1)];
         uint64_t there = atomic_load_explicit(&entry->tag, memory_order_acquire);
         if (there == 0)
             return FCAS_E_NOTFOUND;
         if (there == tag) {
             uint64_t region = atomic_load_explicit(&entry->region, memory_order_acquire);
-            return region == 0 ? FCAS_E_NOTFOUND : check_region(b, region, out);
+            return region == 0 ? FCAS_E_NOTFOUND : check_region(b, half, region, out);
         }
     }
     return FCAS_E_NOTFOUND;
 }
 
 /* Cut words from the arena; UINT64_MAX when it is full. */
-static uint64_t cut(fcas_given *b, uint64_t words)
+static uint64_t cut(fcas_given *b, unsigned half, uint64_t words)
 {
-    _Atomic uint64_t *used = &header(b)->used;
+    _Atomic uint64_t *used = &header(b)->used[half];
     uint64_t first = atomic_load_explicit(used, memory_order_relaxed);
     do {
         if (first > b->n_words || words > b->n_words - first)
@@ -171,14 +186,11 @@ static uint64_t cut(fcas_given *b, uint64_t words)
     return first;
 }
 
-/* The set of a file, made if there is none. */
-static fcas_status find_or_make(fcas_given *b, const uint8_t manifest_hash[32], uint32_t n, bit_set *out)
+/* The set of a file in one half, made if there is none. FCAS_E_FULL when there is no room. */
+static fcas_status find_or_make_in(fcas_given *b, unsigned half, uint64_t tag, uint32_t n, bit_set *out)
 {
-    if (n < 1 || n > FCAS_GIVEN_CHUNKS_MAX)
-        return FCAS_E_ARG;
-    uint64_t tag = tag_of(b, manifest_hash);
     for (uint32_t step = 0; step < b->n_slots; step++) {
-        board_entry *entry = &directory(b)[(tag + step) & (b->n_slots - 1)];
+        board_entry *entry = &directory(b, half)[(tag + step) & (b->n_slots - 1)];
         uint64_t there = atomic_load_explicit(&entry->tag, memory_order_acquire);
         /* On failure `there` is the tag that somebody else put there: ours or another file's. */
         if (there == 0 && atomic_compare_exchange_strong_explicit(&entry->tag, &there, tag, memory_order_acq_rel,
@@ -188,7 +200,7 @@ static fcas_status find_or_make(fcas_given *b, const uint8_t manifest_hash[32], 
             continue;
         uint64_t region = atomic_load_explicit(&entry->region, memory_order_acquire);
         if (region == 0) {
-            uint64_t first = cut(b, ((uint64_t)n + 63) / 64);
+            uint64_t first = cut(b, half, ((uint64_t)n + 63) / 64);
             if (first == UINT64_MAX)
                 return FCAS_E_FULL;
             uint64_t ours = first << 32 | n;
@@ -196,10 +208,48 @@ static fcas_status find_or_make(fcas_given *b, const uint8_t manifest_hash[32], 
                                                         memory_order_acquire))
                 region = ours;
         }
-        fcas_status st = check_region(b, region, out);
-        return st == FCAS_OK && out->n != n ? FCAS_E_ARG : st;
+        return check_region(b, half, region, out);
     }
     return FCAS_E_FULL;
+}
+
+/* The half that was in use in `turn` is full: empty the other one and use that. Whoever loses the race leaves it to
+ * the winner. */
+static void change_halves(fcas_given *b, uint64_t turn)
+{
+    if (turn & EMPTYING || !atomic_compare_exchange_strong_explicit(&header(b)->turn, &turn, turn | EMPTYING,
+                                                                    memory_order_acq_rel, memory_order_relaxed))
+        return;
+    unsigned other = 1 - half_in_use(turn);
+    for (uint32_t i = 0; i < b->n_slots; i++) {
+        atomic_store_explicit(&directory(b, other)[i].tag, 0, memory_order_relaxed);
+        atomic_store_explicit(&directory(b, other)[i].region, 0, memory_order_relaxed);
+    }
+    uint64_t used = atomic_load_explicit(&header(b)->used[other], memory_order_relaxed);
+    for (uint64_t i = 0; i < used && i < b->n_words; i++)
+        atomic_store_explicit(&arena(b, other)[i], 0, memory_order_relaxed);
+    atomic_store_explicit(&header(b)->used[other], 0, memory_order_relaxed);
+    /* Release: pairs with the acquire load in load_turn(). */
+    atomic_store_explicit(&header(b)->turn, (turn + 1) & ~EMPTYING, memory_order_release);
+}
+
+/* The set of a file, made if there is none. */
+static fcas_status find_or_make(fcas_given *b, const uint8_t manifest_hash[32], uint32_t n, bit_set *out)
+{
+    if (n < 1 || n > FCAS_GIVEN_CHUNKS_MAX)
+        return FCAS_E_ARG;
+    if (((uint64_t)n + 63) / 64 > b->n_words)
+        return FCAS_E_FULL; /* would not fit an empty half either */
+    uint64_t tag = tag_of(b, manifest_hash);
+    uint64_t turn = load_turn(b);
+    fcas_status st = find_or_make_in(b, half_in_use(turn), tag, n, out);
+    if (st == FCAS_E_FULL) {
+        change_halves(b, turn);
+        uint64_t next = load_turn(b);
+        if (half_in_use(next) != half_in_use(turn))
+            st = find_or_make_in(b, half_in_use(next), tag, n, out);
+    }
+    return st == FCAS_OK && out->n != n ? FCAS_E_FULL : st;
 }
 
 /* Set one bit; FCAS_E_NOTFOUND when it was set before. */

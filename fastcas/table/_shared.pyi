@@ -106,13 +106,13 @@ class HaveLog:
 class GivenBoard:
     """What a node's workers handed out through NEXT: per file one bit per chunk, claimed atomically.
 
-    `n` is the number of chunks of the manifest, the same in every call for it (else UsageError), at most 2^24.
-    When the board has no room for another file, nothing can be claimed of that file.
+    `n` is the number of chunks of the manifest, the same in every call for it, at most 2^24. When the board has no
+    room for another file, it forgets all files before: a chunk may be given twice.
     """
 
     @staticmethod
     def create(slots: int = 256, bits_bytes: int = 4 << 20) -> GivenBoard:
-        """Make an empty board for `slots` files (a power of two) with `bits_bytes` * 8 chunks in all."""
+        """Make an empty board for `slots` files (a power of two) at a time, `bits_bytes` * 8 chunks in all."""
     @staticmethod
     def attach(fd: int) -> GivenBoard:
         """Open the board that another process made."""
@@ -120,12 +120,12 @@ class GivenBoard:
     def fd(self) -> int:
         """Descriptor of the shared memory."""
     def claim(self, manifest_hash: Bytes, n: int, i: int) -> bool:
-        """Mark chunk i as given; True when nobody had before. False, too, when there is no room."""
+        """Mark chunk i as given; True when nobody had before. False, too, when the file cannot fit."""
     def claim_from(self, manifest_hash: Bytes, n: int, start: int, pick: int) -> int | None:
         """Claim the (pick % m)-th of the m chunks in [start, n) that were never given, and return its number.
 
         Returns:
-            None when none is left, or when there is no room for the file.
+            None when none is left, or when the file cannot fit.
         Cost: n / 64 steps.
         """
     def clear(self, manifest_hash: Bytes, i: int) -> None:
