@@ -195,7 +195,7 @@ class Announcer:
             self._wake.clear()
             all_due, self._all_due = self._all_due, False
             if all_due:
-                self._nodes_then = max(len(self._protocol.router), 1)
+                self._nodes_then = len(self._protocol.router)
             now = self._clock()
             if all_due or now >= due["files"]:
                 await self._sweep_files(list(self._provided.files))

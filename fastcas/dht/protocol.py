@@ -135,6 +135,7 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
         self._pending: dict[bytes, _Pending] = {}
         self._paths: OrderedDict[Address, _Path] = OrderedDict()
         self._challenging: set[Address] = set()
+        self._probing: set[Address] = set()
         self._failed_challenges: OrderedDict[Address, float] = OrderedDict()
         self._buckets = SourceBuckets(clock, is_local)
         self._tokens = TokenJar(clock)
@@ -233,8 +234,9 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
             self.counters["drop_malformed"] += 1
             return
         name, (_, flags, node_id, token, *args) = body
-        contact = parse_contact(node_id, pack_address(ip) or b"", port, giver_ip=ip, own_id=self.identity.node_id)
-        if contact is None:
+        is_self = node_id == self.identity.node_id  # our own ping, sent to find out whether an address is ours
+        contact = parse_contact(node_id, pack_address(ip) or b"", port, giver_ip=ip, own_id=b"")
+        if contact is None or (is_self and name != "ping"):
             self.counters["drop_source"] += 1
             return
         is_proven = self._tokens.holds(token, ip, port, node_id)
@@ -255,7 +257,7 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
             return
         self.counters["answered"] += 1
         self._send(reply, (ip, port))
-        if is_proven and not is_read_only:
+        if is_proven and not is_read_only and not is_self:
             known = self.router.get(node_id)
             if known is not None and known.address == contact.address:
                 self.router.note_answer(known, self._clock())
@@ -400,9 +402,20 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
     # --- who may enter the table ---
 
     def consider(self, contact: Contact) -> None:
-        """Challenge a contact that has proved its address, if the table has a place for it."""
+        """Challenge a contact that has proved its address, if the table has a place for it.
+
+        An id that is known at another address moves only after the old address has failed to answer; asking it
+        is what happens first.
+        """
         if self.is_own(contact) or contact.address in self._challenging:
             return
+        known = self.router.get(contact.id)
+        if known is not None:
+            if known.address != contact.address and not known.failures and known.address not in self._probing:
+                self._probe(known)
+                return
+            if known.address == contact.address or not known.failures:
+                return
         if not self.router.wants(contact):
             self.router.add_contact(contact)
             return
@@ -413,6 +426,12 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
         if failed_at is not None and self._clock() - failed_at < CHALLENGE_PAUSE_S:
             return
         self._challenge(contact.address, contact.id)
+
+    def _probe(self, contact: Contact) -> None:
+        """Ask a contact whether it is still there; the answer, or its lack, goes to the table."""
+        self._probing.add(contact.address)
+        probe = self.ask(contact, "ping", [secrets.token_bytes(16)])
+        probe.add_done_callback(lambda _: self._probing.discard(contact.address))
 
     def is_own(self, contact: Contact) -> bool:
         """Whether a contact is this node."""

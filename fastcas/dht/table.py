@@ -132,7 +132,10 @@ class FcTable(RoutingTable):  # type: ignore[misc]
         if contact.id == self.node.id or contact.address in self._by_address:
             return False
         bucket = self.bucket_of(contact.id)
-        if contact.id in bucket.nodes or not self._subnet_has_room(contact) or not bucket.allows(contact):
+        known = bucket.nodes.get(contact.id)
+        if known is not None:
+            return known.failures > 0
+        if not self._subnet_has_room(contact) or not bucket.allows(contact):
             return False
         return len(bucket.nodes) < self.ksize or self._may_split(bucket) or self._worst(bucket) is not None
 
