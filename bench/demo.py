@@ -86,9 +86,10 @@ def checked(*arguments: str) -> str:
     return result.stdout
 
 
-def fetch_and_kill(link: str, peers: list[str], out: Path, victim: Node, work: Path, rate: str | None) -> tuple[dict, float]:
+def fetch_and_kill(link: str, peers: list[str], out: Path, victim: Node, work: Path) -> tuple[dict, float]:
     """Run `fastcas get --json`, kill the victim when half of the bytes are here; return (final object, share)."""
-    command = [sys.executable, "-m", "fastcas", "get", link, "-o", str(out), "--json", "--storage-dir", str(work / "client")]
+    command = [sys.executable, "-m", "fastcas", "get", link, "-o", str(out), "--json"]
+    command += ["--storage-dir", str(work / "client")]
     for peer in peers:
         command += ["--peer", peer]
     killed_at = -1.0
@@ -97,8 +98,8 @@ def fetch_and_kill(link: str, peers: list[str], out: Path, victim: Node, work: P
         assert process.stdout is not None and process.stderr is not None
         for line in process.stdout:
             event = json.loads(line)
-            if event.get("event") == "progress":
-                share = event["bytes_done"] / max(event["bytes_total"], 1)
+            if "progress" in event:
+                share = event["progress"]["done"] / max(event["progress"]["total"], 1)
                 if killed_at < 0 and share >= 0.5:
                     victim.kill()
                     killed_at = share
@@ -135,12 +136,12 @@ def run(size: int, work: Path) -> Outcome:
         for node in nodes[1:]:
             copy = node.storage / "copy.tar"
             checked("get", digest, "-o", str(copy), "--storage-dir", str(node.storage))
-            say(f"  node {node.node_id[:8]} found it through the DHT by its hash alone, fetched it and seeds it in place")
+            say(f"  node {node.node_id[:8]} found it through the DHT by its hash alone and now seeds it")
 
         say("fetching from all three at once; the second node is killed with SIGKILL half-way")
         out = work / "fetched.tar"
         start = time.monotonic()
-        final, killed_at = fetch_and_kill(link, [n.peer for n in nodes], out, nodes[1], work, None)
+        final, killed_at = fetch_and_kill(link, [n.peer for n in nodes], out, nodes[1], work)
         seconds = time.monotonic() - start
         killed = nodes[1].peer
         by_peer = {str(k): int(v) for k, v in final["bytes_by_peer"].items()}
@@ -165,7 +166,8 @@ def main() -> None:
     for peer, count in sorted(outcome.bytes_by_peer.items()):
         note = f"  (killed at {outcome.killed_at:.0%})" if peer == outcome.killed else ""
         say(f"  {count:>12} bytes from {peer}{note}")
-    say(f"{outcome.size} bytes in {outcome.seconds:.2f} s = {outcome.size / outcome.seconds / 1e6:.0f} MB/s, start-up included")
+    rate = outcome.size / outcome.seconds / 1e6
+    say(f"{outcome.size} bytes in {outcome.seconds:.2f} s = {rate:.0f} MB/s, start-up of the command included")
     if outcome.killed_at < 0 or not outcome.identical or len(outcome.bytes_by_peer) != 3:
         raise SystemExit("demo: FAILED: no kill half-way, other bytes, or not from all three peers")
     say(f"byte-identical: SHA-256 {outcome.sha256}")

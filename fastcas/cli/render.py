@@ -43,6 +43,10 @@ def print_table(rows: list[list[str]]) -> None:
         print_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+JSON_EVERY_S = 0.5
+JSON_STEPS = 20  # a line at each twentieth of the whole, too, however fast it comes
+
+
 class ProgressShow:
     """Shows progress: JSON lines on stdout with `--json`, a bar on a terminal, else nothing.
 
@@ -55,6 +59,7 @@ class ProgressShow:
         self._bar: Any = None
         self._task: Any = None
         self._last_s = 0.0
+        self._last_part = 0
 
     def __enter__(self) -> ProgressShow:
         """Begin to show."""
@@ -79,8 +84,9 @@ class ProgressShow:
         """Show an interim answer {"done", "total", …}."""
         if self._as_json:
             now = time.monotonic()
-            if now - self._last_s >= 0.5:
-                self._last_s = now
+            part = JSON_STEPS * values["done"] // max(values["total"], 1)
+            if now - self._last_s >= JSON_EVERY_S or part != self._last_part:
+                self._last_s, self._last_part = now, part
                 print_json({"progress": values})
         elif self._bar is not None:
             waiting = values.get("waiting_on") or ""

@@ -40,6 +40,7 @@ LOCAL_BATCH = 16  # chunks checked per visit to a thread
 SLOW_BPS = 4 * limits.KIB
 SLOW_WINDOW_S = 30.0
 PARITY_AFTER_S = 1.0  # nobody has had a data chunk for so long: parity is asked for
+REPORTS = 20  # of progress per file at least, however fast it comes
 QUIET_S = 1.0  # after so long without a byte, progress says what is waited for
 COLLECTION_LINE = b"fastcas-collection 1\n"
 
@@ -215,6 +216,7 @@ class _Filling:
         self._parity = ParityPlan(manifest) if manifest.n_parity else None
         self._here = 0  # chunk set: checked and in its place
         self._bytes_done = 0
+        self._report_at = 0
         self._unlisted: list[tuple[int, bool]] = []
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._local_work: asyncio.Task[None] | None = None
@@ -294,6 +296,8 @@ class _Filling:
         if self._here & self._data == self._data and not self._ended.done():
             self._ended.set_result(None)
         self._pump()
+        if self._bytes_done >= self._report_at:
+            self._report(time.monotonic())
 
     def _on_answer(self, remote: Remote, index: int | None, answer: Answer) -> None:  # hot
         if self._ended.done():
@@ -496,6 +500,8 @@ class _Filling:
         return ChunkNotFound(text)
 
     def _report(self, now: float) -> None:
+        """Tell the progress callback: at each tick, and whenever another twentieth of the file is here."""
+        self._report_at = self._bytes_done + max(self.manifest.size // REPORTS, 1)
         if self._settings.progress is None:
             return
         scheduler = self._scheduler
