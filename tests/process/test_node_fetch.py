@@ -69,9 +69,8 @@ def test_bare_hash_is_found_through_the_dht_and_fetched_from_all(tmp_path: Path)
 
         wait_until(lambda: count_peers() >= 2, "both others are announced")
         out = tmp_path / "out.bin"
-        result = get(
-            file_hash, "-o", str(out), "--bootstrap", f"127.0.0.1:{nodes[1].dht_port}", "--storage-dir", str(tmp_path / "no")
-        )
+        bootstrap = f"127.0.0.1:{nodes[1].dht_port}"
+        result = get(file_hash, "-o", str(out), "--bootstrap", bootstrap, "--storage-dir", str(tmp_path / "no"))
         assert out.read_bytes() == source.read_bytes()
         assert set(result["bytes_by_peer"]) <= {node.peer for node in nodes}  # type: ignore[call-overload]
 

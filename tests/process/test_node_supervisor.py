@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -100,9 +101,8 @@ def test_taken_admin_port_exits_10(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = start_failing(
-            "--host", "127.0.0.1", "--port", "0", "--no-dht", "--admin-port", str(port), "--storage-dir", str(tmp_path / "s")
-        )
+        where = ["--host", "127.0.0.1", "--port", "0", "--admin-port", str(port)]
+        done = start_failing(*where, "--no-dht", "--storage-dir", str(tmp_path / "s"))
     assert done.returncode == 10
     assert f"admin TCP port {port}" in done.stderr
 
@@ -148,23 +148,25 @@ def test_killed_agent_comes_back_while_workers_serve(tmp_path: Path) -> None:
 
 
 def test_killed_dht_process_comes_back_on_its_port(tmp_path: Path) -> None:
-    with start_node(tmp_path / "a", dht=True) as first:
-        with start_node(tmp_path / "b", "--bootstrap", f"127.0.0.1:{first.dht_port}", dht=True) as second:
-            file_hash, content = stored(second, tmp_path)
-            (victim,) = child_of(second.tree(), "fastcas.dht")
-            os.kill(victim, signal.SIGKILL)
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(start_node(tmp_path / "a", dht=True))
+        bootstrap = f"127.0.0.1:{first.dht_port}"
+        second = stack.enter_context(start_node(tmp_path / "b", "--bootstrap", bootstrap, dht=True))
+        file_hash, content = stored(second, tmp_path)
+        (victim,) = child_of(second.tree(), "fastcas.dht")
+        os.kill(victim, signal.SIGKILL)
 
-            def has_contacts() -> bool:
-                done = run_fastcas("status", "--json", "--storage-dir", str(second.storage))
-                status = json.loads(done.stdout)
-                assert status["dht"]["port"] == second.dht_port
-                return status["dht"]["contacts"] > 0 and child_of(second.tree(), "fastcas.dht") != [victim]
+        def has_contacts() -> bool:
+            done = run_fastcas("status", "--json", "--storage-dir", str(second.storage))
+            status = json.loads(done.stdout)
+            assert status["dht"]["port"] == second.dht_port
+            return status["dht"]["contacts"] > 0 and child_of(second.tree(), "fastcas.dht") != [victim]
 
-            wait_until(has_contacts, "the new DHT process has contacts")
-            out = tmp_path / "out.bin"
-            done = run_fastcas("get", file_hash, "-o", str(out), "--storage-dir", str(first.storage))
-            assert done.returncode == 0, done.stderr
-            assert out.read_bytes() == content
+        wait_until(has_contacts, "the new DHT process has contacts")
+        out = tmp_path / "out.bin"
+        done = run_fastcas("get", file_hash, "-o", str(out), "--storage-dir", str(first.storage))
+        assert done.returncode == 0, done.stderr
+        assert out.read_bytes() == content
 
 
 def test_children_end_after_the_supervisor_and_the_node_can_start_again(tmp_path: Path) -> None:
