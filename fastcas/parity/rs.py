@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import index
-from typing import TypeVar, overload
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from fastcas.errors import TooFewShards, UsageError
 from fastcas.limits import PARITY_TOTAL_MAX
 from fastcas.parity._gf256 import Plan
 from fastcas.parity.matrix import cauchy, decode_rows
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 __all__ = ["ReedSolomon"]
 
-S = TypeVar("S", bound=Buffer)
-T = TypeVar("T", bound=Buffer)
+S = TypeVar("S", bound="Buffer")
+T = TypeVar("T", bound="Buffer")
 
 # Plans kept, of all codes together. One takes 40 B per coefficient: 1.6 KiB for 10+4, 630 KiB at the very most.
 CACHED_PLANS = 64

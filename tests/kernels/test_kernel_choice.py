@@ -32,6 +32,7 @@ def room(request):
     return request.param
 
 
+@pytest.mark.slow
 def test_environment_demand_for_a_supported_kernel_is_obeyed(room):
     variable, module, *_ = ROOMS[room]
     for name in module.kernels():
