@@ -115,7 +115,7 @@ class HintStore:
                 if len(holders) >= PROVIDERS_PER_KEY:
                     continue
                 added += 1
-            holders[number] = expires
+            holders[number] = max(holders.get(number, 0), expires)
         self._n_young += added
         provider.n_hints += added
         self._subnets[subnet] = self._subnets.get(subnet, 0) + added
