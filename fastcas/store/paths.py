@@ -5,6 +5,7 @@
     hashed_files/ab/<name>.blob    owned blobs, see blobs.py
     manifests/ab/<hash>            canonical manifests
     quarantine/                    copies of what scrub found damaged
+    reserve                        1 MiB that is given up when a removal finds the disk full
 
 Owns: the folder's descriptor. Every name is relative to it, so that a folder that is moved or replaced under us
 cannot redirect a write. A temporary file lies at the top of its tree as `.tmp-<random>`, so that start-up finds
@@ -45,6 +46,8 @@ BLOB_DIR = "hashed_files"
 MANIFEST_DIR = "manifests"
 QUARANTINE_DIR = "quarantine"
 TEMP_PREFIX = ".tmp-"
+RESERVE = "reserve"
+RESERVE_B = 1 << 20  # the catalog's log of a removal and a gc
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
 _FALLOC_KEEP_SIZE = 0x01
 _FALLOC_PUNCH_HOLE = 0x02
@@ -129,8 +132,13 @@ class Folder:
         self.root = root
         self._made: set[str] = set()
         try:
-            if create:
+            if create and not root.is_dir():
                 os.makedirs(root, mode=0o700, exist_ok=True)
+                parent = os.open(root.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    os.fsync(parent)
+                finally:
+                    os.close(parent)
             self.fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError, FileExistsError) as exc:
             raise StoreNotFound(f"{shown(root)}: no such storage folder") from exc
@@ -239,6 +247,27 @@ class Folder:
                 return os.listdir(fd)
         finally:
             os.close(fd)
+
+    def make_reserve(self) -> None:
+        """Hold back a little space, so that removing things works on a full disk. Without room there is none."""
+        if self.exists(RESERVE):
+            return
+        with contextlib.suppress(FastCASError, OSError):
+            fd, temp = self.create_temp(".")
+            try:
+                os.posix_fallocate(fd, 0, RESERVE_B)
+                os.rename(temp, RESERVE, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            except OSError:
+                self.discard(temp)
+            finally:
+                os.close(fd)
+
+    def spend_reserve(self) -> bool:
+        """Give the space that was held back to the file system; returns whether there was any."""
+        if not self.exists(RESERVE):
+            return False
+        self.unlink(RESERVE)
+        return True
 
     def sweep_temps(self) -> int:
         """Remove what a killed process left behind; returns how many files. Only with the lock held."""

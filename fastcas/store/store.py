@@ -6,8 +6,9 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from fastcas.errors import FileChanged, PermissionDenied, StoreError, StoreNotFound, UsageError
+from fastcas.errors import FileChanged, PermissionDenied, StoreError, StoreFull, StoreNotFound, UsageError
 from fastcas.ids import Link
 from fastcas.metadata import Manifest
 from fastcas.store import ingest as _ingest
@@ -33,6 +34,8 @@ from fastcas.store.types import (
 )
 
 __all__ = ["Store"]
+
+_T = TypeVar("_T")
 
 CATALOG = "catalog.db"
 KEY = "node.key"
@@ -92,6 +95,7 @@ class Store:
         store = cls(Core(folder, catalog), lock)
         try:
             _maintain.forget_growing(store._core)
+            folder.make_reserve()
         except BaseException:
             store.close()
             raise
@@ -378,18 +382,29 @@ class Store:
 
     def remove(self, file_hash: bytes) -> bool:
         """Drop a file's names and manifests; `gc` then frees its chunks. False if it is not known."""
-        return _maintain.remove(self._core, file_hash)
+        return self._with_reserve(lambda: _maintain.remove(self._core, file_hash))
 
     def gc(self, barrier: Callable[[], None]) -> GcReport:
         """Free the chunks that no manifest needs: punch holes, unlink empty blobs.
 
         Args:
-            barrier: Called once, after the listener heard what is gone; returns when no response can still be
+            barrier: Called (again, if the disk is full) after the listener heard what is gone; returns when no response can still be
                 reading it.
         Raises:
             ManifestCorrupt: A manifest cannot be read; nothing was freed.
         """
-        return _maintain.gc(self._core, barrier)
+        report = self._with_reserve(lambda: _maintain.gc(self._core, barrier))
+        self._core.folder.make_reserve()
+        return report
+
+    def _with_reserve(self, call: Callable[[], _T]) -> _T:
+        """Run what frees space; where even that needs some, give up the reserve and run it again."""
+        try:
+            return call()
+        except StoreFull:
+            if not self._core.folder.spend_reserve():
+                raise
+            return call()
 
     def verify(
         self,

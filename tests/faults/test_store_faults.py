@@ -1,0 +1,266 @@
+"""Faults under the store: killed at every system call, disk full, failed fsync, short writes, vanished mounts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from fastcas.store import Store
+from fastcas.store import blobs as blobs_module
+from tests.support.store_crash_child import FOREIGN, KINDS, STRIKE, UNWILLING
+from tests.support.store_rig import Mirror, blob_files, check_replay, data_of, flip, followed, sha, temps
+
+ROOT = Path(__file__).parents[2]
+KEPT = data_of(150_000, 1)
+NEW = data_of(90_000, 2)
+DROPPED = data_of(70_000, 3)
+
+
+def prepare(folder: Path, operation: str, n_points: int) -> None:
+    """One store with a file that must survive everything, copied for every point."""
+    given = folder / "input"
+    given.mkdir(parents=True)
+    (given / "kept").write_bytes(KEPT)
+    (given / "dropped").write_bytes(KEPT[:32768] + DROPPED)
+    (given / "new").write_bytes(NEW)
+    (given / "tree/sub").mkdir(parents=True)
+    (given / "tree/sub/large").write_bytes(NEW)
+    (given / "tree/small").write_bytes(b"small")
+    (given / "old/hashed_files").mkdir(parents=True)
+    for at in range(0, len(NEW), 50_000):
+        (given / "old/hashed_files" / sha(NEW[at : at + 50_000]).hex()).write_bytes(NEW[at : at + 50_000])
+    chunks = [sha(NEW[at : at + 50_000]).hex() for at in range(0, len(NEW), 50_000)]
+    (given / "old/cas_index.json").write_text(json.dumps({sha(NEW).hex(): chunks}))
+    base = folder.parent / "base"
+    with Store.open(base / "store", create=True) as store:
+        dropped = store.store_file(given / "dropped", chunk_size=16384)
+        kept = store.store_file(given / "kept", chunk_size=16384, parity=(4, 2))
+        if operation == "gc":
+            store.remove(bytes.fromhex(dropped.file_hash))
+        if operation == "repair":
+            manifest = store.manifest(bytes.fromhex(kept.manifest_hash))
+            assert manifest is not None
+            for index in (5, 9):
+                blob, offset, _ = store._core.catalog.extents_of(manifest.hash_of(index))[0]
+                flip(os.fsdecode(store._core.path_of(blob)), offset)
+    for point in range(1, n_points + 1):
+        shutil.copytree(base, folder / str(point))
+
+
+def strike(folder: Path, operation: str, kinds: Sequence[str], effect: str, patience: int = 3) -> list[int]:
+    """Run the operation once per point under strace; returns exit statuses (negative: signal), in folder order."""
+    inject = [part for kind in kinds for part in ("-e", f"inject={kind}:{effect}:when={STRIKE}")]
+    done = subprocess.run(
+        ["strace", "-f", "-qqq", "-o", "/dev/null", "-e", f"trace={','.join(kinds)}", *inject,
+         sys.executable, "-m", "tests.support.store_crash_child", str(folder), operation, str(patience), *kinds],
+        cwd=ROOT, capture_output=True, text=True, timeout=110, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers: list[tuple[str, int, int]] = json.loads(done.stdout)
+    statuses = [status for _, _, status in answers]
+    assert FOREIGN not in statuses, done.stderr
+    assert UNWILLING not in statuses, done.stderr
+    return statuses
+
+
+def check(folder: Path, points: Sequence[int], *, damaged: bool) -> None:
+    """CHK: no manual step, nothing published lost, nothing half there, no temps, and the operation works again."""
+    for point in points:
+        root = folder / str(point) / "store"
+        with Store.open(root, create=True) as store:
+            assert temps(root) == [], point
+            mirror = followed(store)
+            if damaged:
+                assert store.verify(repair=True).is_clean, point
+            mirror.check()
+            kept = mirror.files.get(sha(KEPT))
+            assert kept is not None, point
+            assert mirror.content(kept) == KEPT
+            new = mirror.files.get(sha(NEW))
+            assert new is None or mirror.content(new) == NEW
+            stored = store.store_file(folder / "input" / "new", chunk_size=16384)
+            assert mirror.content(bytes.fromhex(stored.manifest_hash)) == NEW
+            store.gc(lambda: None)
+            known = {row.path for row in store._core.catalog.blobs(0)}
+            assert {os.fsencode(path.relative_to(root)) for path in blob_files(root)} == known
+            assert store.verify().is_clean, point
+            check_replay(store, mirror)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["store_file", "store_tree", "in_place", "gc", "repair", "migrate"])
+def test_killed_at_every_call_needs_no_manual_step(tmp_path: Path, operation: str) -> None:
+    folder = tmp_path / "points"
+    prepare(folder, operation, 110)
+    statuses = strike(folder, operation, list(KINDS), "signal=SIGKILL", 1)
+    assert set(statuses) == {-9, 0}
+    assert statuses.count(0) == len(KINDS)
+    assert statuses.count(-9) >= 30
+    check(folder, range(1, len(statuses) + 1), damaged=operation == "repair")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["store_file", "store_tree", "gc"])
+def test_disk_full_at_every_write_is_said_and_passes(tmp_path: Path, operation: str) -> None:
+    folder = tmp_path / "points"
+    prepare(folder, operation, 80)
+    statuses = strike(folder, operation, ["pwrite64", "pwritev2", "fallocate", "mkdirat"], "error=ENOSPC")
+    assert set(statuses) == {0, 8}
+    assert statuses.count(8) >= 3
+    check(folder, range(1, len(statuses) + 1), damaged=operation == "repair")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["store_file", "store_tree", "repair"])
+def test_failed_fsync_publishes_nothing_and_is_not_retried(tmp_path: Path, operation: str) -> None:
+    folder = tmp_path / "points"
+    prepare(folder, operation, 40)
+    statuses = strike(folder, operation, ["fsync", "fdatasync"], "error=EIO")
+    assert set(statuses) == {0, 1}
+    assert statuses.count(1) >= 4
+    check(folder, range(1, len(statuses) + 1), damaged=operation == "repair")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["store_file", "gc"])
+def test_io_error_at_every_change_is_said_and_passes(tmp_path: Path, operation: str) -> None:
+    folder = tmp_path / "points"
+    prepare(folder, operation, 110)
+    kinds = ["pwrite64", "pwritev2", "ftruncate", "renameat", "mkdirat", "unlinkat"]
+    statuses = strike(folder, operation, kinds, "error=EIO")
+    assert set(statuses) == {0, 1}
+    check(folder, range(1, len(statuses) + 1), damaged=operation == "repair")
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = data_of(300_000)
+    (tmp_path / "f").write_bytes(data)
+    pwrite, pwritev = os.pwrite, os.pwritev
+
+    def short_v(fd: int, views: Sequence[memoryview], offset: int) -> int:
+        return pwritev(fd, [views[0][:7]], offset)
+
+    def short(fd: int, view: memoryview, offset: int) -> int:
+        return pwrite(fd, memoryview(view)[:4099], offset)
+
+    with Store.open(tmp_path / "st", create=True) as store:
+        mirror = followed(store)
+        with monkeypatch.context() as patch:
+            patch.setattr(blobs_module.os, "pwritev", short_v)
+            patch.setattr(os, "pwrite", short)
+            stored = store.store_file(tmp_path / "f", chunk_size=16384, parity=(4, 2))
+        assert mirror.content(bytes.fromhex(stored.manifest_hash)) == data
+        assert store.verify().is_clean
+
+
+def in_namespace(script: str, *args: str) -> list[object]:
+    """Run a Python script as root of its own mount namespace; returns the JSON that it prints."""
+    enter = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-U", "-r", "-m"]
+    done = subprocess.run(
+        [*enter, sys.executable, "-c", script, *args], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    answer: list[object] = json.loads(done.stdout)
+    return answer
+
+
+FULL_DISK = """
+import json, os, subprocess, sys
+from pathlib import Path
+from fastcas.errors import FastCASError
+from fastcas.store import Store
+mount = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "none", mount], check=True)
+big, small = mount.parent / "big", mount.parent / "small"
+big.write_bytes(os.urandom(20 << 20)); small.write_bytes(os.urandom(1 << 20))
+out = []
+with Store.open(mount / "st", create=True) as store:
+    first = store.store_file(small, parity=(4, 2))
+    for call in (store.store_file, lambda path: store.store_tree(path.parent / "tree")):
+        (mount.parent / "tree").mkdir(exist_ok=True)
+        big2 = mount.parent / "tree" / "big"
+        if not big2.exists():
+            os.link(big, big2)
+        try:
+            call(big)
+            out.append("stored")
+        except FastCASError as exc:
+            out.append([type(exc).__name__, exc.exit_code, "hashed_files" in str(exc)])
+    out.append(len(store.files()))
+    out.append(store.verify().is_clean)
+    out.append(sum(path.name.startswith(".tmp-") for path in (mount / "st").rglob("*")))
+    room = os.statvfs(mount)
+    filler = mount / "filler"
+    filler.write_bytes(bytes(room.f_bavail * room.f_frsize - 4096))
+    store.remove(bytes.fromhex(first.file_hash))
+    out.append(store.gc(lambda: None).blobs_unlinked)
+    filler.unlink()
+    out.append(store.store_file(small).new_bytes)
+print(json.dumps(out))
+"""
+
+
+def test_full_disk_is_said_and_space_can_be_freed_on_it(tmp_path: Path) -> None:
+    (tmp_path / "mount").mkdir()
+    full = ["StoreFull", 8, True]
+    assert in_namespace(FULL_DISK, str(tmp_path / "mount")) == [full, full, 1, True, 0, 1, 1 << 20]
+
+
+READ_ONLY = """
+import json, os, subprocess, sys
+from pathlib import Path
+from fastcas.errors import FastCASError
+from fastcas.store import Store
+mount = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "none", mount], check=True)
+given = mount.parent / "f"
+given.write_bytes(os.urandom(100_000))
+out = []
+
+def attempt(call):
+    try:
+        call()
+        out.append("done")
+    except FastCASError as exc:
+        out.append([type(exc).__name__, exc.exit_code, str(mount) in str(exc)])
+
+with Store.open(mount / "st", create=True) as store:
+    store.store_file(given)
+subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
+attempt(lambda: Store.open(mount / "st"))
+attempt(lambda: Store.open(mount / "other", create=True))
+subprocess.run(["mount", "-o", "remount,rw", mount], check=True)
+store = Store.open(mount / "st")
+subprocess.run(["umount", "-l", mount], check=True)
+attempt(lambda: store.store_file(given))
+store.close()
+attempt(lambda: Store.open(mount / "st"))
+print(json.dumps(out))
+"""
+
+
+def test_read_only_and_vanished_mounts_are_typed_errors(tmp_path: Path) -> None:
+    (tmp_path / "mount").mkdir()
+    out = in_namespace(READ_ONLY, str(tmp_path / "mount"))
+    denied = ["PermissionDenied", 9, True]
+    assert out[:2] == [denied, denied]
+    assert out[2] == "done" or isinstance(out[2], list)
+    assert out[3] == ["StoreNotFound", 3, True]
+
+
+def test_unreadable_blob_is_damage_not_a_crash(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(data_of(100_000))
+    with Store.open(tmp_path / "st", create=True) as store:
+        stored = store.store_file(tmp_path / "f")
+        blob_files(store.root)[0].unlink()
+        fresh = Mirror()
+        store.load(fresh)
+        assert fresh.chunks == {}
+        assert store.file(bytes.fromhex(stored.file_hash)) is not None

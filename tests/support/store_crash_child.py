@@ -1,0 +1,119 @@
+"""Runs one store operation many times, each in a forked child that a fault hits one system call later.
+
+Started under strace, which counts each kind of call of each process and strikes at the STRIKE-th of a kind. A child
+for (kind, n) first makes STRIKE - n such calls on a descriptor that is not open, so that the fault meets the n-th
+of the operation itself. The parent makes no such call. A kind is over after PATIENCE children in a row that came
+through. Prints one line of JSON: [kind, n, exit status] of each child, in order.
+
+usage: python -m tests.support.store_crash_child FOLDER OPERATION PATIENCE KIND…
+FOLDER/1, FOLDER/2, … each hold a copy of one store for one child; FOLDER/input is what gets stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from fastcas.errors import FastCASError
+from fastcas.store import Store
+
+STRIKE = 200
+FOREIGN = 99  # exit status for an exception that is not ours
+UNWILLING = 98  # the second try did not work
+CLOSED = 1_000_000  # no process has this descriptor
+
+
+def store_file(store: Store, given: Path) -> None:
+    store.store_file(given / "new", chunk_size=16384, parity=(4, 2))
+
+
+def store_tree(store: Store, given: Path) -> None:
+    store.store_tree(given / "tree", chunk_size=16384)
+
+
+def in_place(store: Store, given: Path) -> None:
+    store.store_file(given / "new", chunk_size=16384, in_place=True)
+
+
+def gc(store: Store, given: Path) -> None:
+    store.gc(lambda: None)
+
+
+def repair(store: Store, given: Path) -> None:
+    store.verify(repair=True)
+
+
+def migrate(store: Store, given: Path) -> None:
+    store.migrate(given / "old")
+
+
+OPERATIONS = {call.__name__: call for call in (store_file, store_tree, in_place, gc, repair, migrate)}
+KINDS: dict[str, Callable[[], object]] = {
+    "pwrite64": lambda: os.pwrite(CLOSED, b"", 0),
+    "pwritev2": lambda: os.pwritev(CLOSED, [b""], 0),
+    "fsync": lambda: os.fsync(CLOSED),
+    "fdatasync": lambda: os.fdatasync(CLOSED),
+    "fallocate": lambda: os.posix_fallocate(CLOSED, 0, 1),
+    "ftruncate": lambda: os.ftruncate(CLOSED, 0),
+    "fchmod": lambda: os.fchmod(CLOSED, 0),
+    "mkdirat": lambda: os.mkdir("x", dir_fd=CLOSED),
+    "renameat": lambda: os.rename("x", "y", src_dir_fd=CLOSED, dst_dir_fd=CLOSED),
+    "unlink": lambda: os.unlink("/nonexistent/fastcas"),
+    "unlinkat": lambda: os.unlink("x", dir_fd=CLOSED),
+}
+
+
+def attempt(root: Path, operation: str, given: Path) -> None:
+    with Store.open(root, create=True) as store:
+        OPERATIONS[operation](store, given)
+
+
+def child(root: Path, given: Path, operation: str, kind: str, n: int) -> int:
+    for _ in range(STRIKE - n):
+        with contextlib.suppress(OSError):
+            KINDS[kind]()
+    try:
+        attempt(root, operation, given)
+    except FastCASError as exc:
+        status = exc.exit_code
+    else:
+        return 0
+    try:
+        attempt(root, operation, given)
+    except FastCASError:
+        traceback.print_exc()
+        return UNWILLING
+    return status
+
+
+def main() -> None:
+    folder, operation, patience = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    answers: list[tuple[str, int, int]] = []
+    for kind in sys.argv[4:]:
+        passed = 0
+        for n in range(1, STRIKE):
+            root = folder / str(len(answers) + 1) / "store"
+            pid = os.fork()
+            if pid == 0:
+                status = FOREIGN
+                try:
+                    status = child(root, folder / "input", operation, kind, n)
+                except BaseException:
+                    traceback.print_exc()
+                    raise
+                finally:
+                    os._exit(status)
+            answers.append((kind, n, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
+            passed = passed + 1 if answers[-1][2] == 0 else 0
+            if passed == patience:
+                break
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
