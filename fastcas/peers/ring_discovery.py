@@ -204,7 +204,13 @@ class RingDiscovery:
             self._loop.remove_reader(self._ans.eventfd)
 
     def _on_answers(self) -> None:
-        for raw in self._ans.drain():
+        try:
+            messages = self._ans.drain()
+        except LocalProtocolError as exc:
+            log.error("answer ring is unusable: %s; waiting for new rings", exc)
+            self._detach()
+            return
+        for raw in messages:
             try:
                 answer = msgpack.unpackb(raw, strict_map_key=False)
             except (ValueError, msgpack.UnpackException):
