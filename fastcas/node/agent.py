@@ -193,8 +193,8 @@ class Agent:
         self._static = StaticDiscovery(self.config.static_peers())
         self.downloads = Downloads(
             store=self.store, thread=self.thread, publisher=self.publisher, publish=self.publish,
-            announcer=self.announcer, swarmbook=self.swarmbook, node_id=self.node_id, data_port=self.data_port,
-            discovery=self.discovery, named_peers=self.config.static_peers(),
+            announcer=self.announcer, node_id=self.node_id, data_port=self.data_port,
+            discovery=lambda: self._dht, named_peers=self.config.static_peers(),
         )  # fmt: skip
         handler = RequestHandler(self)
         self.operations = Operations(

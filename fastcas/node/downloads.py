@@ -22,7 +22,6 @@ from fastcas.node.local_chunks import TableChunks
 from fastcas.node.publisher import Publish, Publisher
 from fastcas.node.seeding import Seeding
 from fastcas.node.store_thread import StoreThread
-from fastcas.node.swarmbook import SwarmBook
 from fastcas.peers.discovery import Discovery
 from fastcas.store import Store
 
@@ -103,10 +102,10 @@ class Downloads:
     """Runs downloads for the agent.
 
     Args:
-        store, thread, publisher, publish, announcer, swarmbook: The agent's parts.
+        store, thread, publisher, publish, announcer: The agent's parts.
         node_id: Ours, 40 hex digits.
         data_port: Returns our TCP port, None while nothing is served.
-        discovery: Returns where to ask for peers.
+        discovery: Returns where to ask for peers, None where there are only the named ones.
         named_peers: That the user named, to be asked for every file.
     """
 
@@ -118,10 +117,9 @@ class Downloads:
         publisher: Publisher,
         publish: Publish,
         announcer: Announcer,
-        swarmbook: SwarmBook,
         node_id: str,
         data_port: Callable[[], int | None],
-        discovery: Callable[[], Discovery],
+        discovery: Callable[[], Discovery | None],
         named_peers: Sequence[PeerAddr] = (),
     ) -> None:
         self._store = store
@@ -129,7 +127,6 @@ class Downloads:
         self._publisher = publisher
         self._publish = publish
         self._announcer = announcer
-        self._swarmbook = swarmbook
         self._node_id = node_id
         self._data_port = data_port
         self._discovery = discovery

@@ -56,7 +56,6 @@ class SwarmBook:
         self._publish = publish
         self._clock = clock
         self._files: OrderedDict[bytes, dict[Address, tuple[str, float]]] = OrderedDict()
-        self._manifests: dict[bytes, list[bytes]] = {}
         self._checked: OrderedDict[Address, tuple[float, bool]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -65,15 +64,6 @@ class SwarmBook:
     def start(self) -> None:
         """Begin to forget what is old."""
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
-
-    def set_manifests(self, file_hash: bytes, manifests: list[bytes]) -> None:
-        """Say which manifests of a file are proven here, best first; none = say nothing of it."""
-        if self._manifests.get(file_hash, []) != manifests:
-            if manifests:
-                self._manifests[file_hash] = manifests
-            else:
-                self._manifests.pop(file_hash, None)
-            self._changed()
 
     def peers_of(self, file_hash: bytes) -> list[tuple[str, str, int]]:
         """Return [(node_id, ip, port)] known for a file."""
@@ -150,14 +140,9 @@ class SwarmBook:
 
     def _publish_now(self) -> None:
         self._timer = None
+        # Proven manifests come from the table, which changes with the store; here only peers are told.
         self._publish(
-            {
-                file_hash: {
-                    "peers": self.peers_of(file_hash),
-                    "manifests": self._manifests.get(file_hash, []),
-                }
-                for file_hash in self._files.keys() | self._manifests.keys()
-            }
+            {file_hash: {"peers": self.peers_of(file_hash), "manifests": []} for file_hash in self._files}
         )
 
     async def close(self) -> None:
