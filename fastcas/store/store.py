@@ -388,8 +388,8 @@ class Store:
         """Free the chunks that no manifest needs: punch holes, unlink empty blobs.
 
         Args:
-            barrier: Called (again, if the disk is full) after the listener heard what is gone; returns when no response can still be
-                reading it.
+            barrier: Called after the listener heard what is gone (again, if the disk was full); returns when no
+                response can still be reading it.
         Raises:
             ManifestCorrupt: A manifest cannot be read; nothing was freed.
         """

@@ -53,9 +53,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert stored.file_hash == sha(data).hex()
         file_hash = sha(data)
         self.model[file_hash] = data
-        if in_place:
-            if file_hash not in self.linked:
-                self.linked[file_hash] = path
+        if in_place and file_hash not in self.linked:
+            self.linked[file_hash] = path
         return file_hash
 
     @rule(file_hash=consumes(files))
