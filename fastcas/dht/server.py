@@ -101,6 +101,7 @@ class FcServer(Server):  # type: ignore[misc]
         self._transports: dict[int, asyncio.DatagramTransport] = {}
         self._bootstrap_list: list[tuple[str, int]] = []
         self._answered: set[Address] = set()
+        self._unresolved: set[str] = set()
         self._former: dict[Address, None] = {}
         self._lonely = asyncio.Event()
         self.joined = asyncio.Event()
@@ -335,15 +336,21 @@ class FcServer(Server):  # type: ignore[misc]
             async with asyncio.timeout(RESOLVE_S):
                 infos = await loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
         except (OSError, TimeoutError, UnicodeError) as exc:
-            log.warning("DHT bootstrap host %s cannot be resolved: %s", host, exc)
+            level = logging.DEBUG if host in self._unresolved else logging.WARNING
+            log.log(level, "DHT bootstrap host %s cannot be resolved: %s", host, exc)
+            self._unresolved.add(host)
             return []
+        self._unresolved.discard(host)
         found = [str(info[4][0]) for info in infos]
         return [(ip, port) for ip in dict.fromkeys(found) if parse_ip(pack_address(ip) or b"") is not None][:4]
 
     # --- keeping fresh ---
 
     async def _keep_fresh(self) -> None:
-        """Ping the contact that has been silent longest; one that owes an answer sooner."""
+        """Challenge the contact that has been silent longest again; one that owes an answer sooner.
+
+        Whoever signs there stays or takes the place: a node that came back with a new key replaces its old self.
+        """
         table = self.protocol.router
         while True:
             owing = [contact for contact in table if contact.failures]
@@ -357,7 +364,8 @@ class FcServer(Server):  # type: ignore[misc]
             stalest = owing[0] if owing else table.stalest()
             if stalest is None or (not owing and self._clock() - stalest.last_seen < STALE_AFTER_S):
                 continue
-            if await self.protocol.ask(stalest, "ping", [secrets.token_bytes(16)]) is None:
+            if await self.protocol.ping(stalest.address) is None:
+                table.note_failure(stalest)
                 for candidate in table.candidates_for(stalest)[:1]:
                     self.protocol.consider(candidate)
 

@@ -148,6 +148,7 @@ class Sweep:
                 if _accepted(reply):
                     self._copies[part] += 1
                     self._holders.add(node)
+                    misses = 0
                 else:
                     failed.append(part)
                     misses += 2 if reply is not None and reply.status == FULL else 1

@@ -129,7 +129,7 @@ class FcTable(RoutingTable):  # type: ignore[misc]
 
     def wants(self, contact: Contact) -> bool:
         """Whether a contact would enter if it proved itself now: worth a challenge."""
-        if contact.id == self.node.id or contact.address in self._by_address:
+        if contact.id == self.node.id:
             return False
         bucket = self.bucket_of(contact.id)
         known = bucket.nodes.get(contact.id)

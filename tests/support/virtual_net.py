@@ -123,10 +123,12 @@ class VirtualNet:
 
     # --- nodes ---
 
-    async def node(self, number: int, *, serves: bool = True, **options: Any) -> FcServer:
-        """Return a listening node at 10.x.x.x:8468 with an identity that depends on `number` only."""
+    async def node(
+        self, number: int, *, serves: bool = True, ip: str | None = None, key: int | None = None, **options: Any
+    ) -> FcServer:
+        """Return a listening node at 10.x.x.x:8468 (or `ip`) with an identity that depends on `key or number` only."""
         server = FcServer(
-            seed=random.Random(f"node {number}").randbytes(32),
+            seed=random.Random(f"node {key or number}").randbytes(32),
             policy=AddressPolicy(own=(), allow_private=True),
             open_transport=self.open,
             wall=lambda: WALL_ZERO + self.loop.now,
@@ -134,7 +136,7 @@ class VirtualNet:
             **options,
         )
         self.nodes.append(server)
-        ip = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+        ip = ip or f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
         await server.listen(DHT_PORT, ip)
         if serves:
             server.announcer.set_data_port(DATA_PORT)

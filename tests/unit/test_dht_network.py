@@ -224,16 +224,13 @@ def test_restarted_node_at_another_address_replaces_its_old_entry() -> None:
         nodes = await net.grow(4)
         moved_id = nodes[2].identity.node_id
         net.kill([nodes[2]])
-        moved = await net.node(3)  # the same identity
-        transport = next(iter(moved._transports.values()))
-        del net.hosts[transport.get_extra_info("sockname")]
-        moved.protocol.add_transport(4, net.open(net.loop, moved.protocol, "10.9.9.9", 7777, lambda exc: None))
+        moved = await net.node(999, key=3, ip="10.9.9.9")
         assert moved.identity.node_id == moved_id
         moved.start([address_of(nodes[0])])
         await asyncio.sleep(10)
         known = nodes[0].protocol.router.get(moved_id)
         assert known is not None
-        assert known.address == ("10.9.9.9", 7777)
+        assert known.address == ("10.9.9.9", 8468)
 
     run(body)
 
@@ -260,5 +257,53 @@ def test_peers_are_told_and_used_only_as_the_address_policy_allows() -> None:
         nodes[1].announcer.set_data_port(22)
         await nodes[1].announcer.announce_files([(FILE, 1000)])
         assert await find_file(nodes[2]) == set()
+
+    run(body)
+
+
+def test_node_that_came_back_with_a_new_key_replaces_its_old_entry() -> None:
+    async def body(net: VirtualNet) -> None:
+        nodes = await net.grow(4)
+        old_id = nodes[2].identity.node_id
+        net.kill([nodes[2]])
+        reborn = await net.node(3, key=77)
+        reborn.start([address_of(nodes[0])])
+        await asyncio.sleep(60)
+        for node in (nodes[0], nodes[1], nodes[3]):
+            assert node.protocol.router.get(old_id) is None
+            assert node.protocol.router.get(reborn.identity.node_id) is not None
+
+    run(body)
+
+
+def test_ipv6_nodes_find_each_other() -> None:
+    async def body(net: VirtualNet) -> None:
+        nodes = [await net.node(number, ip=f"fd00::{number}") for number in range(1, 5)]
+        nodes[0].start()
+        for node in nodes[1:]:
+            node.start([("fd00:0::1", 8468)])
+        await asyncio.sleep(10)
+        assert [len(node.protocol.router) for node in nodes] == [3, 3, 3, 3]
+        await nodes[1].announcer.announce_files([(FILE, 1000)])
+        await nodes[1].announcer.announce_chunks(keys_of(FILE))
+        assert await find_file(nodes[3]) == {Peer(nodes[1].identity.node_id, "fd00::2", DATA_PORT)}
+        assert await found_chunks(nodes[3].finder, FILE) == 1
+
+    run(body)
+
+
+def test_lookup_in_a_network_that_splits_and_heals_finds_everybody_again() -> None:
+    async def body(net: VirtualNet) -> None:
+        nodes = await net.grow(12)
+        left = {address_of(node) for node in nodes[:6]}
+        carry = net.carry
+        net.carry = lambda source, target, data: (  # type: ignore[method-assign]
+            carry(source, target, data) if (source in left) == (target in left) else None
+        )
+        await asyncio.sleep(600)
+        assert all(len(node.protocol.router) == 5 for node in nodes)
+        net.carry = carry  # type: ignore[method-assign]
+        await asyncio.sleep(600)
+        assert all(len(node.protocol.router) == 11 for node in nodes)
 
     run(body)
