@@ -68,7 +68,9 @@ def build_client(folder: Path) -> Path:
     return out
 
 
-def run_load(client: Path, target: Target, connections: int, seconds: float, size: int, discard: bool) -> dict[str, Any]:
+def run_load(
+    client: Path, target: Target, connections: int, seconds: float, size: int, discard: bool
+) -> dict[str, Any]:
     """Load one target; return the client's figures with the server's CPU."""
     before = tree_cpu_s(target.pid)
     done = subprocess.run(
@@ -181,7 +183,9 @@ def summary(size: int, name: str, turns: list[dict[str, Any]]) -> dict[str, Any]
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table: figures of both sides and the ratio."""
-    print(f"{'chunk':>9}  {'server':<17} {'requests/CPU-s':>14} {'vs nginx':>9} {'GB/s':>7} {'vs nginx':>9} {'p99 µs':>8}")
+    print(
+        f"{'chunk':>9}  {'server':<17} {'requests/CPU-s':>14} {'vs nginx':>9} {'GB/s':>7} {'vs nginx':>9} {'p99 µs':>8}"
+    )
     base: dict[str, Any] = {}
     for row in rows:
         if row["server"] == "nginx":

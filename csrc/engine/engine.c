@@ -25,7 +25,7 @@
 static int listen_on(fcas_engine *e)
 {
     struct epoll_event event = {.events = EPOLLIN, .data.u64 = LISTENER_TAG};
-    if (e->listening || e->draining)
+    if (e->listening || e->draining || !e->has_table)
         return 0;
     if (epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->config.listener, &event) != 0)
         return -1;
@@ -257,6 +257,8 @@ fcas_status fcas_engine_set_table(fcas_engine *e, int fd, uint64_t number)
     e->swept_epoch = 0;
     memset(e->reported, 0, sizeof e->reported);
     fcas_epoch_restart(e);
+    if (listen_on(e) != 0)
+        pause_accept(e);
     return FCAS_OK;
 }
 
@@ -409,7 +411,7 @@ static fcas_status open_engine(fcas_engine *e)
     setsockopt(e->config.listener, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout_ms, sizeof timeout_ms);
     set_congestion_control(e);
     struct epoll_event event = {.events = EPOLLIN, .data.u64 = KICK_TAG};
-    if (epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->kick, &event) != 0 || listen_on(e) != 0)
+    if (epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->kick, &event) != 0)
         return FCAS_E_SYS;
     return FCAS_OK;
 }

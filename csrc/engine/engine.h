@@ -89,7 +89,7 @@ typedef struct {
     uint64_t conn_size;   /* bytes per connection */
 } fcas_engine_stats;
 
-/* Make an engine: FCAS_E_ARG, FCAS_E_NOMEM or FCAS_E_SYS; *out only on FCAS_OK. */
+/* Make an engine: FCAS_E_ARG, FCAS_E_NOMEM or FCAS_E_SYS; *out only on FCAS_OK. It accepts once it has a table. */
 fcas_status fcas_engine_create(fcas_engine **out, const fcas_engine_config *config, int64_t now_ns);
 /* Close all connections, blobs and the table. Safe on NULL. */
 void fcas_engine_destroy(fcas_engine *e);
@@ -103,7 +103,8 @@ unsigned fcas_engine_run(fcas_engine *e, unsigned max_events, int64_t now_ns);
 unsigned fcas_engine_tick(fcas_engine *e, int64_t now_ns);
 
 /* Answer from the table in fd (the fd stays the caller's) from now on. `number` goes to FCAS_CTR_EPOCH_TABLE.
- * On failure the table in use stays. No response holds the old map, so it is unmapped at once; extents in flight keep
+ * With the first table the engine begins to accept: a replacement that has none yet must not answer 404 for what its
+ * predecessor had. On failure the table in use stays. No response holds the old map, so it is unmapped at once; extents in flight keep
  * their blobs, and FCAS_CTR_EPOCH_SAFE is 0 until those from the old table are done. */
 fcas_status fcas_engine_set_table(fcas_engine *e, int fd, uint64_t number);
 /* Stop accepting; end each connection with its next response, or when it has been idle for a second. */

@@ -106,7 +106,7 @@ static int parse_line(fcas_http_request *r, const uint8_t *p, size_t n)
         return 400;
     size_t target = ++i, query = 0;
     while (i < n && p[i] != ' ') {
-        if (!is_class(p[i], TARGET))
+        if (!is_class(p[i], TARGET) && !((p[i] == '[' || p[i] == ']') && p[target] != '/'))
             return 400;
         if (p[i] == '%' && !(i + 2 < n && is_class(p[i + 1], HEX) && is_class(p[i + 2], HEX)))
             return 400;
@@ -139,6 +139,9 @@ static int parse_line(fcas_http_request *r, const uint8_t *p, size_t n)
         while (target < path_end && p[target] != '/')
             target++;
         if (!is_authority(p + authority, target - authority))
+            return 400;
+        /* brackets belong to an IPv6 address there, and nowhere else */
+        if (memchr(p + target, '[', target_end - target) || memchr(p + target, ']', target_end - target))
             return 400;
     }
     r->path = (fcas_http_span){(uint16_t)target, (uint16_t)(path_end - target)};

@@ -107,7 +107,7 @@ class Engine:
     def tick(self) -> None:
         """Deadlines, epoch, heartbeat, counters; call it about four times a second."""
     def set_table(self, fd: int, number: int) -> None:
-        """Answer from this chunk table from now on; fd is borrowed.
+        """Answer from this chunk table from now on; fd is borrowed. With the first one, accepting begins.
 
         Raises:
             LocalProtocolError: Not a table of this version; the one in use stays.

@@ -115,7 +115,7 @@ class Worker:
             handler(message, fds)
         except (FastCASError, OSError, KeyError, TypeError, IndexError) as exc:
             log.error("message not carried out op=%s error=%s", message.get("op"), exc)
-            if handler == self._on_start:
+            if self._engine is None:  # without a start there is nothing to live for
                 self._done.set()
         finally:
             for fd in fds:  # every object made from them has its own duplicate
