@@ -38,6 +38,7 @@ OnReply = Callable[[Contact, list[Any]], tuple[bytes, bytes] | None]
 class _State(Enum):
     NEW = auto()
     ASKED = auto()
+    SLOW = auto()  # asked, no answer within its retransmission time
     LIVE = auto()
     DEAD = auto()
 
@@ -156,7 +157,7 @@ class Lookup:
             entry = self._entries[node_id]
             if entry.state is _State.NEW:
                 self._ask(entry)
-            if entry.state is not _State.DEAD:
+            if entry.state is not _State.DEAD and entry.state is not _State.SLOW:
                 near += 1
                 if near >= self._k:
                     return
@@ -171,6 +172,8 @@ class Lookup:
             nonlocal slow
             slow = True
             self._n_slow += 1
+            if entry.state is _State.ASKED:
+                entry.state = _State.SLOW
             self._events.put_nowait(None)
 
         def answered(future: asyncio.Future[Reply | None]) -> None:
