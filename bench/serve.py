@@ -74,7 +74,8 @@ def run_load(
     """Load one target; return the client's figures with the server's CPU."""
     before = tree_cpu_s(target.pid)
     done = subprocess.run(
-        [str(client), str(target.port), str(target.paths), str(connections), str(seconds), str(size), str(int(discard))],
+        [str(client), str(target.port), str(target.paths), str(options.connections), str(seconds), str(size),
+         str(int(options.discard))],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     figures: dict[str, Any] = json.loads(done.stdout)
@@ -157,13 +158,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
             targets = [Target("nginx", nginx_port, nginx.pid, paths)]
             targets += [Target(f"fastcas {m}", r.worker.port, r.worker.process.pid, paths) for m, r in rigs.items()]
             for target in targets:  # page cache, open files, mappings
-                run_load(client, target, arguments.connections, 1.0, size, True)
+                run_load(client, target, arguments, 1.0, size)
             turns: dict[str, list[dict[str, Any]]] = {target.name: [] for target in targets}
             for _ in range(arguments.turns):
                 for target in targets:
-                    turns[target.name].append(
-                        run_load(client, target, arguments.connections, arguments.seconds, size, arguments.discard)
-                    )
+                    turns[target.name].append(run_load(client, target, arguments, arguments.seconds, size))
             rows += [summary(size, name, taken) for name, taken in turns.items()]
     finally:
         nginx.send_signal(signal.SIGTERM)

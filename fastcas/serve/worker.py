@@ -66,13 +66,12 @@ class Worker:
             return
         self._draining = True
         self._loop.call_later(DRAIN_S, self._finish_drain)
-        if self._swarm is not None:
-            self._swarm.close()
-        if self._engine is None:
+        if self._engine is None or self._swarm is None:
             self._finish_drain()
-        else:
-            self._engine.drain()
-            self._engine.tick()
+            return
+        self._engine.drain()
+        self._swarm.close()  # the long polls' answers are their connections' last ones
+        self._engine.tick()
 
     def _finish_drain(self) -> None:
         if self._drained:
