@@ -35,6 +35,7 @@ TRAILER = struct.Struct("<8sQQ16sQQQ")
 _TRAILER_BODY = TRAILER.size - 8
 IOV_MAX = 1024
 RESERVE_B = 64 << 20  # preallocated ahead of the writes, so that a full disk is met before bytes are copied
+FLUSH_B = 16 << 20  # flushed in the writer's thread while the next bytes are hashed: the last fsync finds little left
 INDEX_READ_MAX = 1 << 30  # bytes of index that we are willing to read
 
 
@@ -110,6 +111,7 @@ class BlobWriter:
         self._fd = -1
         self._temp = ""
         self._reserved = 0
+        self._flushed = 0
         self.size = 0
         self.keys = bytearray()
         self.offsets: array[int] = array("Q")
@@ -140,6 +142,9 @@ class BlobWriter:
                 if done < total:
                     write_all(self._fd, b"".join(part)[done:], offset + done)
                 offset += total
+            if offset - self._flushed >= FLUSH_B:
+                os.fdatasync(self._fd)
+                self._flushed = offset
 
     def _preallocate(self, end: int, expected: int) -> None:
         if end <= self._reserved:

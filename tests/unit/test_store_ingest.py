@@ -425,3 +425,20 @@ def test_os_errors_are_translated_and_name_the_path(code: int, error: type[Excep
     with pytest.raises(error, match=r"/a\\x1b/b.*reading it") as caught, os_errors("/a\x1b/b", "reading it"):
         raise OSError(code, os.strerror(code))
     assert type(caught.value) is error
+
+
+def test_failed_flush_on_the_way_stores_nothing(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def fail(fd: int) -> None:
+        calls.append(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = write(tmp_path / "f", data_of(20 << 20))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        with pytest.raises(StoreError, match="Input/output error while writing chunks"):
+            store.store_file(path)
+    assert len(calls) == 1
+    assert blob_files(store.root) == temps(store.root) == store.files() == []
+    assert store.store_file(path).new_bytes == 20 << 20
