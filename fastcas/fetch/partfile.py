@@ -43,7 +43,7 @@ def safe_name(name: str | None, fallback: str) -> str:
     """Return a name from the network as a single path component: what it cannot be is replaced, never obeyed."""
     text = (name or "").replace("\\", "/").rsplit("/", 1)[-1].replace("\0", "")
     text = escape_for_terminal(text).replace("\\", "_").strip(" ")
-    room = NAME_BYTES_MAX - len(PART_SUFFIX) - len(JOURNAL_SUFFIX)
+    room = NAME_BYTES_MAX - len(JOURNAL_SUFFIX)
     text = os.fsencode(text)[:room].decode(errors="ignore") if len(os.fsencode(text)) > room else text
     return fallback if text in ("", ".", "..") else text
 

@@ -85,6 +85,7 @@ class PeerState:
     key: Hashable
     have: int = 0
     is_seed: bool = False
+    is_leecher: bool = False
     in_flight: dict[int, float] = field(default_factory=dict)
     rate_Bps: float = 0.0
     rtt_s: float = 0.0
@@ -97,6 +98,7 @@ class PeerState:
     nothing_new_at: float | None = None
     window_started: float = 0.0
     window_bytes: int = 0
+    delivered_at: float = -math.inf
 
 
 class Scheduler:
@@ -129,7 +131,7 @@ class Scheduler:
         self.peers: dict[Hashable, PeerState] = {}
         self.max_in_flight = max(4, memory_max // chunk_size)
         self.n_in_flight = 0
-        self.n_partial = 0
+        self.n_leechers = 0
         self._rng = rng
         self._holders: dict[int, int] = {}  # chunk -> requests in flight
         self._levels: list[int] = [self.full]  # _levels[c] = chunks that exactly c partial peers have
@@ -146,19 +148,22 @@ class Scheduler:
 
         Args:
             have: Chunk set.
-            is_seed: It has the whole file, so it may be asked for NEXT, and says nothing about rarity.
+            is_seed: It has the whole file, so it may be asked for NEXT, and says nothing about rarity. One that was a
+                leecher stays one: asked for NEXT it would give what others have long had.
         """
         peer = self.peers[key]
         have &= self.full
+        is_seed = is_seed and not peer.is_leecher
         old_counted = 0 if peer.is_seed else peer.have
         new_counted = 0 if is_seed else have
         if added := new_counted & ~old_counted:
             self._shift(added, 1)
         if removed := old_counted & ~new_counted:
             self._shift(removed, -1)
-        self.n_partial += (not is_seed and have != 0) - (not peer.is_seed and peer.have != 0)
+        self.n_leechers += (not is_seed) - peer.is_leecher
         peer.have = have
         peer.is_seed = is_seed
+        peer.is_leecher = not is_seed
 
     def _shift(self, chunks: int, by: int) -> None:
         """Move chunks one level of rarity up or down."""
@@ -185,6 +190,8 @@ class Scheduler:
             self.lost(key, index)
         peer.n_next = 0
         self.set_have(key, 0, is_seed=False)
+        self.n_leechers -= 1
+        peer.is_leecher = False
 
     # --- answers ---
 
@@ -221,10 +228,11 @@ class Scheduler:
         if connect_s > 0:
             peer.rtt_s = min(peer.rtt_s, connect_s) if peer.rtt_s else connect_s
         peer.window_bytes += size
+        peer.delivered_at = now
         elapsed = now - peer.window_started
         if elapsed >= RATE_WINDOW_S:
             sample = peer.window_bytes / elapsed
-            peer.rate_Bps = sample if peer.rate_Bps == 0 else 0.5 * (peer.rate_Bps + sample)
+            peer.rate_Bps = max(sample, 0.5 * (peer.rate_Bps + sample))  # rises at once, falls slowly
             peer.window_started, peer.window_bytes = now, 0
 
     def busy(self, key: Hashable, index: int | None, now: float) -> None:
@@ -320,7 +328,7 @@ class Scheduler:
         ]
         if self.n_in_flight and len(self.peers) > 1:
             times.append(now + HEDGE_MIN_S)
-        if self.n_partial and self.free:
+        if self.n_leechers and self.free:
             times.append(now + NEXT_AGAIN_S)
         return min(times, default=None)
 
@@ -344,9 +352,9 @@ class Scheduler:
     # --- inside ---
 
     def _floor(self) -> int:
-        if self.n_partial >= 8:
+        if self.n_leechers >= 8:
             return 1
-        return 2 if self.n_partial else 4
+        return 2 if self.n_leechers else 4
 
     def _window(self, peer: PeerState, floor: int) -> int:
         delay = peer.rtt_s + TURNAROUND_S
@@ -355,8 +363,8 @@ class Scheduler:
     def _take(self, peer: PeerState, index: int, now: float) -> None:
         if index in peer.in_flight:
             return
-        if not peer.in_flight:
-            peer.window_started, peer.window_bytes = now, 0
+        if not peer.in_flight and now - peer.delivered_at > RATE_WINDOW_S:
+            peer.window_started, peer.window_bytes = now, 0  # the pause says nothing about its rate
         peer.in_flight[index] = now
         self._holders[index] = self._holders.get(index, 0) + 1
         self.free &= ~(1 << index)
@@ -375,11 +383,11 @@ class Scheduler:
 
     def _pick(self, peer: PeerState, now: float) -> int | None:
         candidates = peer.have & self.free & self.allowed
-        if candidates and peer.is_seed and self.n_partial and peer.gives_next:
+        if candidates and peer.is_seed and self.n_leechers and peer.gives_next:
             candidates = self._of_seed(peer, candidates, now)
         if not candidates:
             return None
-        if self.n_partial == 0:
+        if self.n_leechers == 0:
             return self._following(peer, candidates)
         for level in self._levels:
             rarest = candidates & level
@@ -398,22 +406,21 @@ class Scheduler:
 
     def _ask_next(self, ready: list[PeerState], now: float, asks: list[Ask]) -> None:
         """Rule 8 (two more than the formula stands for "as soon as the header arrives") and rule 12's churn."""
-        if not self.n_partial or not self.free & self.allowed:
+        unheld = self.free & self.allowed & self._levels[0]
+        if not self.n_leechers or not unheld:
             return
         seeds = [peer for peer in ready if peer.is_seed and peer.gives_next]
         if not seeds:
             return
-        want = math.ceil(4 / (self.n_partial + 1)) + 1 - sum(peer.n_next for peer in seeds)
-        unheld = self.free & self.allowed & self._levels[0]
+        least = math.ceil(4 / (self.n_leechers + 1)) + 1
+        most = {id(peer): self._window(peer, 2) for peer in seeds}
+        want = max(least, *most.values()) - sum(peer.n_next for peer in seeds)
         while want > 0:
             able = [
                 peer
                 for peer in seeds
-                if peer.n_next < 2
-                and (
-                    peer.nothing_new_at is None
-                    or (unheld and peer.n_next == 0 and now - peer.nothing_new_at >= NEXT_AGAIN_S)
-                )
+                if peer.n_next < most[id(peer)]
+                and (peer.nothing_new_at is None or (peer.n_next == 0 and now - peer.nothing_new_at >= NEXT_AGAIN_S))
             ]
             if not able:
                 return

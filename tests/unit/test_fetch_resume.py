@@ -37,6 +37,15 @@ async def get(link: Link, out: Path, **options: Any) -> DownloadResult:
     return await download(link, out, discovery=None, **options)
 
 
+async def wait_for_file(path: Path) -> None:
+    """Return when a file exists."""
+    for _ in range(2000):
+        if path.exists():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(path)
+
+
 async def interrupted(out: Path, after: int) -> None:
     """Fetch the first part of the file, then give up."""
     async with Peer(CONTENT, have=set(range(after))) as peer:
@@ -102,7 +111,7 @@ def test_resume_after_kill_9_refetches_at_most_what_was_in_flight(tmp_path: Path
 
     async def work() -> None:
         async with Peer(CONTENT, behaviour="silent", evil_when=lambda nth: nth > 50) as peer:
-            child = subprocess.Popen([sys.executable, "-c", script, str(peer.link()), str(out)])
+            child = subprocess.Popen([sys.executable, "-c", script, str(peer.link()), str(out)])  # noqa: ASYNC220
             try:
                 journal = tmp_path / "out.fastcas-journal"
                 while not journal.exists() or journal.stat().st_size < 64 + 50 * 16:
@@ -166,8 +175,7 @@ def test_two_downloads_to_the_same_destination_do_not_mix(tmp_path: Path) -> Non
         async with Peer(CONTENT) as peer:
             peer.gate.clear()
             first = asyncio.create_task(get(peer.link(), tmp_path / "out"))
-            while not (tmp_path / "out.fastcas-part").exists():
-                await asyncio.sleep(0.01)
+            await wait_for_file(tmp_path / "out.fastcas-part")
             with pytest.raises(StoreLocked):
                 await get(peer.link(), tmp_path / "out")
             peer.gate.set()

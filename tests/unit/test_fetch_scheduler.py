@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ def test_seeds_alone_are_asked_for_runs() -> None:
     scheduler = with_peers(make(64), (1 << 64) - 1)
     asked = [ask.index for ask in scheduler.decide(0.0)]
     assert all(
-        a is not None and b is not None and (b == a + 1 or b == 0) for a, b in zip(asked, asked[1:], strict=False)
+        a is not None and b is not None and (b == a + 1 or b == 0) for a, b in itertools.pairwise(asked)
     )
 
 
