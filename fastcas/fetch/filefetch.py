@@ -85,6 +85,10 @@ class FileFetch:
             self.crowd.find()
             while True:
                 manifest, giver = await self.crowd.wait_for_manifest(self._report_waiting)
+                if self._out is None:
+                    self._out = await self._destination()
+                    if (there := await self._existing(self._out)) is not None:
+                        return DownloadResult(self._out, self.file_hash, there, there.size, time.monotonic() - started)
                 try:
                     content_proven = await self._fill(manifest, giver)
                     break
@@ -122,22 +126,19 @@ class FileFetch:
         return None
 
     async def _destination(self) -> Path:
-        if self._out is None:
-            name = self._link.name
-            if name is None and self.settings.discovery is not None:
-                with suppress(FastCASError, TimeoutError):
-                    async with asyncio.timeout(NAME_DEADLINE_S + 1):
-                        hints = await self.settings.discovery.get_metadata(self.file_hash, NAME_DEADLINE_S)
-                    name = hints[0].name if hints else None
-            self._out = (self.settings.folder or Path.cwd()) / safe_name(name, self.file_hash.hex())
-        return self._out
+        """Where a file without a given destination goes: the stored name, made safe."""
+        name = self._link.name
+        if name is None and self.settings.discovery is not None:
+            with suppress(FastCASError, TimeoutError):
+                async with asyncio.timeout(NAME_DEADLINE_S + 1):
+                    hints = await self.settings.discovery.get_metadata(self.file_hash, NAME_DEADLINE_S)
+                name = hints[0].name if hints else None
+        return (self.settings.folder or Path.cwd()) / safe_name(name, self.file_hash.hex())
 
     async def _fill(self, manifest: Manifest, giver: Remote) -> bool:
         """Get every chunk of the manifest into the part file; returns whether the content is proven."""
-        named = self._out is not None
-        out = await self._destination()
-        if not named and await self._existing(out) is not None:
-            raise DestinationExists(f"{out}: has this content already; nothing was fetched")
+        assert self._out is not None
+        out = self._out
         await asyncio.to_thread(prepare_folder, out.parent)
         self.part = await asyncio.to_thread(PartFile, out, manifest)
         if self.settings.hooks is not None:

@@ -40,7 +40,7 @@ async def get(link: Link, out: Path, **options: Any) -> DownloadResult:
 async def wait_for_file(path: Path) -> None:
     """Return when a file exists."""
     for _ in range(2000):
-        if path.exists():
+        if await asyncio.to_thread(path.exists):
             return
         await asyncio.sleep(0.01)
     raise AssertionError(path)
