@@ -24,8 +24,8 @@ from collections.abc import Sequence
 
 import xxhash
 
-from fastcas.errors import CatalogCorrupt
-from fastcas.store.paths import BLOB_DIR, Folder, os_errors, write_all
+from fastcas.errors import CatalogCorrupt, StoreError
+from fastcas.store.paths import BLOB_DIR, Folder, os_errors, shown, write_all
 
 __all__ = ["BlobWriter", "check_index", "decode_index", "encode_index", "open_for_change", "rewrite_index"]
 
@@ -112,6 +112,7 @@ class BlobWriter:
         self._temp = ""
         self._reserved = 0
         self._flushed = 0
+        self._is_broken = False
         self.size = 0
         self.keys = bytearray()
         self.offsets: array[int] = array("Q")
@@ -132,19 +133,27 @@ class BlobWriter:
 
     def write(self, views: Sequence[memoryview], offset: int, expected: int) -> None:
         """Write views back to back at `offset`. `expected`: bytes that may follow in all, for preallocation."""
-        with os_errors(self._folder.path(self._temp), "writing chunks"):
-            length = sum(len(view) for view in views)
-            self._preallocate(offset + length, expected)
-            for at in range(0, len(views), IOV_MAX):
-                part = views[at : at + IOV_MAX]
-                total = sum(len(view) for view in part)
-                done = os.pwritev(self._fd, part, offset)
-                if done < total:
-                    write_all(self._fd, b"".join(part)[done:], offset + done)
-                offset += total
-            if offset - self._flushed >= FLUSH_B:
-                os.fdatasync(self._fd)
-                self._flushed = offset
+        if self._is_broken:
+            raise StoreError(
+                f"{shown(self._folder.path(self._temp))}: an earlier write failed; nothing is written to it"
+            )
+        try:
+            with os_errors(self._folder.path(self._temp), "writing chunks"):
+                length = sum(len(view) for view in views)
+                self._preallocate(offset + length, expected)
+                for at in range(0, len(views), IOV_MAX):
+                    part = views[at : at + IOV_MAX]
+                    total = sum(len(view) for view in part)
+                    done = os.pwritev(self._fd, part, offset)
+                    if done < total:
+                        write_all(self._fd, b"".join(part)[done:], offset + done)
+                    offset += total
+                if offset - self._flushed >= FLUSH_B:
+                    os.fdatasync(self._fd)
+                    self._flushed = offset
+        except StoreError:
+            self._is_broken = True
+            raise
 
     def _preallocate(self, end: int, expected: int) -> None:
         if end <= self._reserved:

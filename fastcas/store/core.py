@@ -231,14 +231,24 @@ class Core:
                 self.say_blob(item.blob)
             self.say_chunks(item.blob.number, item.rows)
 
-    def say_manifest(self, row: ManifestRow) -> bool:
-        """Report a manifest and the blob that it is; returns False if its file is gone."""
-        blob = self.catalog.blob(row.blob)
-        if blob is None or not self.say_blob(blob):
-            return False
+    def say_manifest(self, row: ManifestRow, *, new_blob: bool = True) -> bool:
+        """Report a manifest and the blob that it is; returns False if its file is gone.
+
+        Files that were served under it are reported again by the caller: `say_files_of`.
+        """
+        if new_blob:
+            blob = self.catalog.blob(row.blob)
+            if blob is None or not self.say_blob(blob):
+                return False
         if self.listener is not None:
             self.listener.on_manifest(row.hash, row.blob, 0, row.length)
         return True
+
+    def say_files_of(self, row: ManifestRow) -> None:
+        """Report the file that is served under a complete manifest whose place changed."""
+        if self.listener is not None and row.complete:
+            for (file_hash,) in self.catalog.query("SELECT hash FROM files WHERE manifest=?", (row.hash,)):
+                self.listener.on_file(file_hash, row.hash)
 
     def say_moved_or_lost(self, keys: Iterable[bytes]) -> list[bytes]:
         """Report chunks that lost an extent: their next best place, or that there is none. Returns the lost ones."""

@@ -41,6 +41,7 @@ def add_manifest(core: Core, manifest: Manifest) -> None:
         with core.catalog.transaction():
             row = core.insert_manifest(manifest, complete=row is not None and row.complete, written=True)
         core.say_manifest(row)
+        core.say_files_of(row)
 
 
 def begin_linked(core: Core, path: str | os.PathLike[str], manifest: Manifest) -> int:

@@ -185,9 +185,11 @@ def renumber(core: Core, blob: BlobRow, size: int) -> None:
     fresh = catalog.blob(number)
     if fresh is not None and core.say_blob(fresh):
         core.say_chunks(number, catalog.query("SELECT hash, offset, length FROM extents WHERE blob=?", (number,)))
-        for manifest_hash, length in catalog.query("SELECT hash, length FROM manifests WHERE blob=?", (number,)):
-            if core.listener is not None:
-                core.listener.on_manifest(manifest_hash, number, 0, length)
+        for (manifest_hash,) in catalog.query("SELECT hash FROM manifests WHERE blob=?", (number,)):
+            row = catalog.manifest(manifest_hash)
+            if row is not None:
+                core.say_manifest(row, new_blob=False)
+                core.say_files_of(row)
     if core.listener is not None:
         core.listener.on_blob_removed(blob.number)
 

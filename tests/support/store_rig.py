@@ -54,6 +54,9 @@ class Mirror:
 
     def on_manifest(self, manifest_hash: bytes, blob: int, offset: int, length: int) -> None:
         assert blob in self.blobs
+        if self.manifests.get(manifest_hash) != (blob, offset, length):
+            # A file's entry names the place of its manifest, so it has to be reported again.
+            self.files = {key: value for key, value in self.files.items() if value != manifest_hash}
         self.manifests[manifest_hash] = (blob, offset, length)
 
     def on_file(self, file_hash: bytes, manifest_hash: bytes) -> None:
