@@ -47,7 +47,6 @@ class Asker:
     ip: str
     port: int
     node_id: bytes
-    is_read_only: bool
     is_proven: bool
     room: int
 

@@ -244,7 +244,7 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
             self._buckets.prove(ip, port)
         room = self._datagram_max if is_proven else min(AMPLIFICATION_MAX * len(data), self._datagram_max)
         is_read_only = bool(flags & FLAG_READ_ONLY)
-        asker = Asker(ip, port, node_id, is_read_only, is_proven, room)
+        asker = Asker(ip, port, node_id, is_proven, room)
         answer = self._handlers.handle(name, asker, args)
         if answer is None:
             self.counters["drop_malformed"] += 1

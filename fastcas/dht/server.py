@@ -374,8 +374,12 @@ class FcServer(Server):  # type: ignore[misc]
         self._spawn(self._refresh_table())
 
     async def _refresh_table(self) -> None:
-        if len(self.protocol.router):
-            await self._look_around()
+        """Look around, and into the ranges where the table has nobody."""
+        if not len(self.protocol.router):
+            return
+        await self._look_around()
+        for node_id in self.protocol.get_refresh_ids()[:FAR_LOOKUPS]:
+            await Lookup(self.protocol, int.from_bytes(node_id)).run()
 
     async def _refresh_regularly(self) -> None:
         while True:
