@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
-import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -116,7 +115,7 @@ def test_nobody_there_says_connection_refused() -> None:
         assert await downloader.download_chunk(DIGEST, *address) is None
         with pytest.raises(PeerUnreachable, match="Connection refused"):
             await downloader.fetch_chunk(DIGEST, *address)
-        with pytest.raises(ChunkNotFound, match="Chunk not found.*Connection refused"):
+        with pytest.raises(ChunkNotFound, match=r"Chunk not found.*Connection refused"):
             await downloader.fetch_with_retry(DIGEST, [address], 1)
         downloader.close()
 
@@ -141,19 +140,18 @@ def test_malformed_arguments_are_usage_errors() -> None:
 
 
 def test_one_downloader_serves_several_loops_and_needs_no_close() -> None:
-    downloader = P2PChunkDownloader()
+    kept = [P2PChunkDownloader()]
 
     async def work() -> None:
         async with Peer(CONTENT) as peer:
-            assert await downloader.download_chunk(DIGEST, peer.addr.ip, peer.addr.port) is not None
+            assert await kept[0].download_chunk(DIGEST, peer.addr.ip, peer.addr.port) is not None
 
     run(work)
     run(work)
     n_threads = len(list(Path("/proc/self/task").iterdir()))
-    del downloader
+    kept.clear()
     gc.collect()
     assert len(list(Path("/proc/self/task").iterdir())) < n_threads
-    assert threading.active_count() >= 1
 
 
 def test_client_fetches_from_static_peers(tmp_path: Path) -> None:
@@ -175,13 +173,15 @@ def test_client_fetches_from_static_peers(tmp_path: Path) -> None:
 
 def test_client_returns_none_and_the_twin_raises(tmp_path: Path) -> None:
     async def work() -> None:
-        async with Peer(CONTENT) as peer:
-            async with P2PClient(download_dir=tmp_path, peers=[peer.addr], timeout_s=0.5) as client:
-                assert await client.download_file("00" * 32) is None
-                with pytest.raises(NoPeers, match="no peer has 0000"):
-                    await client.fetch_file("00" * 32)
-                with pytest.raises(UsageError):
-                    await client.download_file("abc")
+        async with (
+            Peer(CONTENT) as peer,
+            P2PClient(download_dir=tmp_path, peers=[peer.addr], timeout_s=0.5) as client,
+        ):
+            assert await client.download_file("00" * 32) is None
+            with pytest.raises(NoPeers, match="no peer has 0000"):
+                await client.fetch_file("00" * 32)
+            with pytest.raises(UsageError):
+                await client.download_file("abc")
 
     run(work)
 
