@@ -68,9 +68,7 @@ def build_client(folder: Path) -> Path:
     return out
 
 
-def run_load(
-    client: Path, target: Target, connections: int, seconds: float, size: int, discard: bool
-) -> dict[str, Any]:
+def run_load(client: Path, target: Target, options: argparse.Namespace, seconds: float, size: int) -> dict[str, Any]:
     """Load one target; return the client's figures with the server's CPU."""
     before = tree_cpu_s(target.pid)
     done = subprocess.run(

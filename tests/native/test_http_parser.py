@@ -26,8 +26,8 @@ class Harness:
         self.binary = folder / "http_parser_harness"
         subprocess.run(
             ["cc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fsanitize=address,undefined",
-             "-fno-sanitize-recover=all", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wstrict-prototypes", "-Werror", "-Icsrc",
-             "-o", str(self.binary), "tests/native/http_parser_harness.c", "csrc/http/parser.c"],
+             "-fno-sanitize-recover=all", "-Wall", "-Wextra", "-Wconversion", "-Wshadow",
+             "-Wstrict-prototypes", "-Werror", "-Icsrc", "-o", str(self.binary), "tests/native/http_parser_harness.c", "csrc/http/parser.c"],
             cwd=ROOT, check=True,
         )  # fmt: skip
 
