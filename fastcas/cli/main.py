@@ -160,7 +160,8 @@ def _say_sources(result: dict[str, Any]) -> None:
     banned = [f"; banned {peer}: {escape_for_terminal(reason)}" for peer, reason in result["banned"].items()]
     seconds = max(result["seconds"], 0.001)
     rate = bytes_text(result["size"] / seconds)
-    total = f"{bytes_text(result['size'])} in {seconds:.1f} s, {rate}/s"
+    count = len(result["bytes_by_peer"])
+    total = f"{bytes_text(result['size'])} in {seconds:.1f} s, {rate}/s, {count} peer{'' if count == 1 else 's'}"
     sys.stderr.write(f"{total}: {', '.join(parts)}{''.join(banned)}\n")
 
 

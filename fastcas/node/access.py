@@ -7,12 +7,13 @@ not care. Blocking; for one thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastcas.errors import FastCASError, NodeUnavailable, NotFound, StoreError, StoreLocked, StoreNotFound
+from fastcas.errors import FastCASError, NetworkError, NodeUnavailable, NotFound, StoreError, StoreLocked, StoreNotFound
 from fastcas.ids import Link, PeerAddr, parse_peer, parse_ref, short
 from fastcas.limits import FETCH_TIMEOUT_S
 from fastcas.node.control_client import ControlClient
@@ -121,61 +122,70 @@ def open_access(root: Path, *, create: bool = False, optional: bool = False) -> 
         return FolderAccess(root, None)
 
 
-async def _with_discovery(args: dict[str, Any]) -> tuple[Discovery, Callable[[], Any]]:
-    """Return discovery for one command and how to end it."""
+@contextlib.asynccontextmanager
+async def _dht_client(args: dict[str, Any], *, is_needed: bool) -> AsyncIterator[Discovery | None]:
+    """Ask a DHT for the time of one command; None without a bootstrap node.
+
+    Raises:
+        NetworkError: "DHT bootstrap failed": none of them answers, and there is nobody else to ask.
+    """
     from fastcas.peers.dht_process import DhtProcess
 
     bootstrap = [parse_peer(str(text), "--bootstrap") for text in args.get("bootstrap", [])]
-    named = StaticDiscovery([parse_peer(str(text), "--peer") for text in args.get("peers", [])])
     if not bootstrap:
-        return named, named.close
+        yield None
+        return
+    timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
     dht = DhtProcess([(peer.ip, peer.port) for peer in bootstrap])
-    await dht.start()
-    return CompositeDiscovery([named, dht.discovery]), dht.close
+    try:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await dht.start()
+        except TimeoutError:
+            names = ", ".join(map(str, bootstrap))
+            raise NetworkError(f"DHT bootstrap failed: no answer from {names} within {timeout_s:g} s") from None
+        if is_needed:
+            dht.require_contacts()
+        yield dht.discovery
+    finally:
+        await dht.close()
 
 
 async def _peers(args: dict[str, Any]) -> dict[str, Any]:
     link = parse_ref(str(args["ref"]))
-    discovery, close = await _with_discovery(args)
+    named = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
     deadline_s = min(float(args.get("timeout_s", FETCH_TIMEOUT_S)), PEERS_DEADLINE_S)
-    try:
-        found = discovery.find_file_peers(link.file_hash, PEERS_WANT, deadline_s)
+    async with _dht_client(args, is_needed=not named) as dht:
+        backends: list[Discovery] = [StaticDiscovery(named)]
+        if dht is not None:
+            backends.append(dht)
+        found = CompositeDiscovery(backends).find_file_peers(link.file_hash, PEERS_WANT, deadline_s)
         return {"peers": [[hint.node_id, hint.ip, hint.port, hint.source] async for hint in found]}
-    finally:
-        await close()
 
 
 async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgress | None) -> dict[str, Any]:
     from fastcas.fetch.download import download
     from fastcas.node.downloads import ProgressRelay, result_to_map
     from fastcas.node.export import export
-    from fastcas.node.output_name import choose_name
 
     link = parse_ref(str(args["ref"]))
     peers = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
     timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
     raw, force = bool(args.get("raw")), bool(args.get("force"))
     relay = ProgressRelay(on_progress)
-    row = store.file(link.file_hash) if store is not None else None
     out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
-    if store is not None and row is not None:
-        place = out or Path(os.fsdecode(args["folder"])) / await choose_name(link, None, row.name, timeout_s)
-        here = export(store, link, place, raw=raw, force=force, progress=relay.bytes)
+    folder = Path(os.fsdecode(args["folder"]))
+    if store is not None:
+        here = export(store, link, out, folder, raw=raw, force=force, progress=relay.bytes)
         if here is not None:
             return here
     _check_reachable(link, peers, args)
-    discovery, close = await _with_discovery(args)
     hooks = _Finished()
-    try:
-        if out is None:
-            name = await choose_name(link, discovery, row.name if row is not None else None, timeout_s)
-            out = Path(os.fsdecode(args["folder"])) / name
+    async with _dht_client(args, is_needed=not peers and not link.peers) as dht:
         result = await download(
-            link, out, discovery=discovery, peers=peers, local=store, timeout_s=timeout_s, hooks=hooks,
+            link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s, hooks=hooks,
             progress=relay, raw=raw, force=force,
         )  # fmt: skip
-    finally:
-        await close()
     if store is not None:
         for path, manifest, is_proven in hooks.files:
             if is_proven:

@@ -141,16 +141,26 @@ class Downloads:
     async def get(
         self,
         link: Link,
-        out: Path,
+        out: Path | None,
         *,
+        folder: Path,
         peers: list[PeerAddr],
         timeout_s: float,
         raw: bool = False,
         force: bool = False,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
-        """Fetch a file or collection to `out`, and seed it there.
+        """Fetch a file or collection, and seed it where it is.
 
+        Args:
+            link: What to fetch.
+            out: File or folder to create; None: what it is called, in `folder`.
+            folder: See `out`.
+            peers: To ask beside those that were named for all files.
+            timeout_s: For the first peer and the manifest.
+            raw: A collection is an ordinary file.
+            force: Replace a destination with other content.
+            on_progress: Gets plain maps.
         Returns:
             `result_to_map` of the download.
         Raises:
@@ -159,7 +169,7 @@ class Downloads:
         # The receiver and its kernels are loaded when the first download needs them.
         from fastcas.fetch.download import download
 
-        running = Running(link.file_hash, link.name or out.name, time.monotonic())
+        running = Running(link.file_hash, link.name or (out.name if out else ""), time.monotonic())
         number = next(self._numbers)
         self._running[number] = running
         local = TableChunks(self._publisher)
@@ -176,7 +186,7 @@ class Downloads:
             result = await download(
                 link, out, discovery=self._discovery(), peers=[*peers, *self._named_peers], local=local,
                 node_id=self._node_id, data_port=self._data_port(), timeout_s=timeout_s, hooks=seeding,
-                progress=progress, raw=raw, force=force,
+                progress=progress, raw=raw, force=force, folder=folder,
             )  # fmt: skip
             for path, manifest, is_proven in seeding.finished:
                 if is_proven:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcas.errors import DestinationExists
-from fastcas.fetch.partfile import PartFile, has_content, prepare_folder, storage_error
+from fastcas.fetch.partfile import PartFile, has_content, prepare_folder, safe_name, storage_error
 from fastcas.ids import Link, short
 from fastcas.metadata import Manifest
 from fastcas.store import Store
@@ -28,13 +28,15 @@ class _DamagedError(Exception):
     """A chunk of the local copy cannot be read."""
 
 
-def export(store: Store, link: Link, out: Path, *, raw: bool, force: bool, progress: Progress) -> dict[str, Any] | None:
+def export(
+    store: Store, link: Link, out: Path | None, folder: Path, *, raw: bool, force: bool, progress: Progress
+) -> dict[str, Any] | None:
     """Copy what a link names out of the store.
 
     Args:
         store: Where it may be.
         link: File or collection; a manifest hash, where given, must be one that is here.
-        out: File or folder to create.
+        out: File or folder to create; None: what it is called, in `folder`.
         raw: A collection is an ordinary file.
         force: Replace a destination with other content.
         progress: Called with (bytes done, bytes total).
@@ -51,6 +53,8 @@ def export(store: Store, link: Link, out: Path, *, raw: bool, force: bool, progr
     manifest = store.manifest(link.manifest_hash or row.manifest_hash)
     if manifest is None:
         return None
+    if out is None:
+        out = folder / safe_name(link.name or row.name, link.file_hash.hex())
     try:
         if row.is_collection and not raw:
             size = _export_tree(store, manifest, out, force=force, progress=progress)

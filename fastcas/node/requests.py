@@ -164,8 +164,6 @@ class RequestHandler:
         return result
 
     async def _get(self, request: Request) -> dict[str, Any]:
-        from fastcas.node.output_name import choose_name
-
         args = request.args
         link = parse_ref(str(args["ref"]))
         peers = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
@@ -173,24 +171,21 @@ class RequestHandler:
         bootstrap = [parse_peer(str(text), "--bootstrap") for text in args.get("bootstrap", [])]
         if bootstrap and self._agent.dht is not None:
             await self._agent.dht.bootstrap([(peer.ip, peer.port) for peer in bootstrap])
-        if args.get("out") is not None:
-            out = Path(os.fsdecode(args["out"]))
-        else:
-            row = await self._agent.thread.run(self._agent.store.file, link.file_hash)
-            known = row.name if row is not None else None
-            name = await choose_name(link, self._agent.discovery(), known, timeout_s)
-            out = Path(os.fsdecode(args["folder"])) / name
-        if not out.is_absolute():
+        folder = Path(os.fsdecode(args["folder"]))
+        out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
+        if not (out or folder).is_absolute():
             raise UsageError("out: expected an absolute path")
-        here = await self._export(request, link, out)
+        here = await self._export(request, link, out, folder)
         if here is not None:
             return here
         return await self._agent.downloads.get(
-            link, out, peers=peers, timeout_s=timeout_s, raw=bool(args.get("raw")), force=bool(args.get("force")),
-            on_progress=request.progress,
+            link, out, folder=folder, peers=peers, timeout_s=timeout_s, raw=bool(args.get("raw")),
+            force=bool(args.get("force")), on_progress=request.progress,
         )  # fmt: skip
 
-    async def _export(self, request: Request, link: Link, out: Path) -> dict[str, Any] | None:
+    async def _export(
+        self, request: Request, link: Link, out: Path | None, folder: Path
+    ) -> dict[str, Any] | None:
         """Answer a `get` from this store alone, where it has everything."""
         from fastcas.node.export import export
 
@@ -203,7 +198,7 @@ class RequestHandler:
 
         raw, force = bool(request.args.get("raw")), bool(request.args.get("force"))
         return await self._agent.thread.run(
-            export, self._agent.store, link, out, raw=raw, force=force, progress=progress
+            export, self._agent.store, link, out, folder, raw=raw, force=force, progress=progress
         )
 
     async def _peers(self, request: Request) -> dict[str, Any]:
