@@ -24,12 +24,26 @@ class Harness:
 
     def __init__(self, folder: Path) -> None:
         self.binary = folder / "http_parser_harness"
+        warnings = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wstrict-prototypes", "-Werror"]
+        sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        sources = ["tests/native/http_parser_harness.c", "csrc/http/parser.c"]
         subprocess.run(
-            ["cc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fsanitize=address,undefined",
-             "-fno-sanitize-recover=all", "-Wall", "-Wextra", "-Wconversion", "-Wshadow",
-             "-Wstrict-prototypes", "-Werror", "-Icsrc", "-o", str(self.binary), "tests/native/http_parser_harness.c", "csrc/http/parser.c"],
-            cwd=ROOT, check=True,
-        )  # fmt: skip
+            [
+                "cc",
+                "-std=c11",
+                "-D_GNU_SOURCE",
+                "-g",
+                "-O1",
+                *sanitizers,
+                *warnings,
+                "-Icsrc",
+                "-o",
+                self.binary,
+                *sources,
+            ],
+            cwd=ROOT,
+            check=True,
+        )
 
     def __call__(self, cases: list[bytes]) -> list[list[str]]:
         """Return the printed fields of each case; fails on a sanitizer report or when two feedings disagree."""
