@@ -110,7 +110,9 @@ class Announcer:
         self._nodes_then = 0
         self._all_due = False
         self._names: dict[bytes, tuple[bytes, str, int, bytes]] = {}
-        self._sweeping = asyncio.Lock()
+        # One sweep of a kind at a time, since two would only share windows; files never wait behind a million chunks.
+        self._chunks_turn = asyncio.Lock()
+        self._files_turn = asyncio.Lock()
         self.last_report: SweepReport | None = None
 
     # --- offers ---
@@ -235,7 +237,9 @@ class Announcer:
         def batch(positions: npt.NDArray[np.intp]) -> tuple[str, list[Any]]:
             return "ap", [port, CHUNK_TTL_S, wire_keys[positions].tobytes()]
 
-        report = await self._run(keys, r=HOLDERS_CHUNK, per_datagram=KEYS_PER_ANNOUNCE, batch=batch, counts_self=True)
+        report = await self._run(
+            self._chunks_turn, keys, r=HOLDERS_CHUNK, per_datagram=KEYS_PER_ANNOUNCE, batch=batch, counts_self=True
+        )
         self._announced = np.union1d(self._announced, keys)
         log.info(
             "announced chunks n=%d stored=%d lookups=%d datagrams=%d",
@@ -254,7 +258,9 @@ class Announcer:
         def batch(positions: npt.NDArray[np.intp]) -> tuple[str, list[Any]]:
             return "as", [port, SWARM_TTL_S, b"".join(items[position] for position in positions.tolist())]
 
-        return await self._run(top, r=HOLDERS_FILE, per_datagram=FILES_PER_ANNOUNCE, batch=batch, counts_self=True)
+        return await self._run(
+            self._files_turn, top, r=HOLDERS_FILE, per_datagram=FILES_PER_ANNOUNCE, batch=batch, counts_self=True
+        )
 
     async def _sweep_metadata(self, metadata_keys: list[bytes]) -> SweepReport:
         keys, top = _sorted_keys(metadata_keys)
@@ -274,12 +280,16 @@ class Announcer:
             return "pm", records[int(positions[0])]
 
         return await self._run(
-            top, r=HOLDERS_FILE, per_datagram=1, batch=batch, counts_self=not self._protocol.is_read_only
+            self._files_turn,
+            top,
+            r=HOLDERS_FILE,
+            per_datagram=1,
+            batch=batch,
+            counts_self=not self._protocol.is_read_only,
         )
 
-    async def _run(self, keys: U64, **options: Any) -> SweepReport:
-        """Run one sweep at a time: two of them would only share the same windows."""
-        async with self._sweeping:
+    async def _run(self, turn: asyncio.Lock, keys: U64, **options: Any) -> SweepReport:
+        async with turn:
             report = await Sweep(self._protocol, keys, **options).run()
         self._holders |= report.holders
         self.last_report = report

@@ -87,8 +87,8 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.02)
 
 
-async def file_peers(discovery: RingDiscovery, file_hash: bytes) -> set[PeerHint]:
-    return {hint async for hint in discovery.find_file_peers(file_hash, 16, 5.0)}
+async def file_peers(discovery: RingDiscovery, file_hash: bytes, deadline_s: float = 5.0) -> set[PeerHint]:
+    return {hint async for hint in discovery.find_file_peers(file_hash, 16, deadline_s)}
 
 
 async def _three_nodes_and_a_client() -> None:
@@ -203,6 +203,43 @@ def test_saved_contacts_bring_a_node_back_without_bootstrap(tmp_path: Path) -> N
     asyncio.run(body())
 
 
+@pytest.mark.slow
+def test_killed_process_is_back_in_the_network_with_the_same_key_and_port(tmp_path: Path) -> None:
+    state, seed, file_hash = str(tmp_path / "dht.state"), bytes(range(32)), hashlib.sha256(b"kill").digest()
+
+    async def body() -> None:
+        async with children(3) as (a, b, again):
+            first = await a.start(data_port=9000)
+            bootstrap = [["127.0.0.1", first["port"]]]
+            before = await b.start(data_port=9001, bootstrap=bootstrap, seed=seed, state_path=state)
+
+            async def is_joined() -> bool:
+                return len(await a.discovery.routing()) == 1
+
+            await until(is_joined)
+            await a.discovery.announce_files([(file_hash, 1000)])
+            b.process.send_signal(signal.SIGKILL)
+            await b.wait()
+            after = await again.start(
+                port=before["port"],
+                port_required=True,
+                data_port=9001,
+                bootstrap=bootstrap,
+                seed=seed,
+                state_path=state,
+            )
+            assert (after["port"], after["node_id"]) == (before["port"], before["node_id"])
+
+            async def is_back() -> bool:
+                return {hint.port for hint in await file_peers(again.discovery, file_hash)} == {9000}
+
+            await until(is_back)
+            await again.discovery.announce_files([(file_hash, 500)])
+            assert {hint.port for hint in await file_peers(a.discovery, file_hash)} == {9001}
+
+    asyncio.run(body())
+
+
 def test_dead_bootstrap_is_reported_by_require_contacts() -> None:
     async def body() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
@@ -212,7 +249,7 @@ def test_dead_bootstrap_is_reported_by_require_contacts() -> None:
                 assert client.contacts == 0
                 with pytest.raises(NetworkError, match=f"DHT bootstrap failed.*127.0.0.1:{port}"):
                     client.require_contacts()
-                assert not await file_peers(client.discovery, bytes(32))
+                assert not await file_peers(client.discovery, bytes(32), deadline_s=0.5)
 
     asyncio.run(body())
 
