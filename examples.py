@@ -20,7 +20,9 @@ from fastcas import FileMetadata, P2PChunkDownloader, P2PClient, P2PNode
 class World:
     """What the examples share: a running node, a stored file, a folder for results."""
 
-    def __init__(self, node: P2PNode, stored: fastcas.StoredFile, meta: FileMetadata, folder: Path, dht_port: int) -> None:
+    def __init__(
+        self, node: P2PNode, stored: fastcas.StoredFile, meta: FileMetadata, folder: Path, dht_port: int
+    ) -> None:
         self.node = node
         self.stored = stored
         self.meta = meta
@@ -38,7 +40,9 @@ def free_port(kind: int) -> int:
 
 async def download_a_file(world: World) -> None:
     """A client that only downloads: finds the node through the DHT by the file's hash alone."""
-    client = P2PClient(dht_bootstrap_nodes=[("127.0.0.1", world.dht_port)], download_dir=str(world.folder / "downloads"))
+    client = P2PClient(
+        dht_bootstrap_nodes=[("127.0.0.1", world.dht_port)], download_dir=str(world.folder / "downloads")
+    )
     await client.initialize()
     path = await client.download_file(world.stored.file_hash)
     print(f"  downloaded to {path}")
@@ -103,7 +107,9 @@ async def download_into_a_node(world: World) -> None:
     )
     await second.initialize()
     second.start_server()
-    print(f"  success: {await second.download_file_from_peers(world.stored.file_hash, str(world.folder / 'second-out'))}")
+    print(
+        f"  success: {await second.download_file_from_peers(world.stored.file_hash, str(world.folder / 'second-out'))}"
+    )
     for contact in second.dht_node.routing_table.get_all_nodes():
         print(f"  DHT contact: {contact.ip}:{contact.port}")
     await second.shutdown()

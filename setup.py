@@ -36,7 +36,12 @@ def ext(module: str, sources: list[str]) -> Extension:
     c_files = [path for pattern in sources for path in sorted(glob(f"csrc/{pattern}"))]
     headers = sorted(glob("csrc/**/*.h", recursive=True))
     return Extension(
-        module, [pyx, *c_files], depends=headers, define_macros=MACROS, extra_compile_args=CFLAGS, extra_link_args=LDFLAGS
+        module,
+        [pyx, *c_files],
+        depends=headers,
+        define_macros=MACROS,
+        extra_compile_args=CFLAGS,
+        extra_link_args=LDFLAGS,
     )
 
 
