@@ -209,7 +209,10 @@ class Announcer:
                 await self._sweep_chunks(self._provided.chunk_keys)
                 due["chunks"] = self._next(CHUNK_CYCLE_S)
             else:
-                await self._sweep_chunks(np.setdiff1d(self._provided.chunk_keys, self._announced, assume_unique=True))
+                offered = self._provided.chunk_keys
+                # What is gone is forgotten, so that it is announced again should it come back.
+                self._announced = np.intersect1d(self._announced, offered, assume_unique=True)
+                await self._sweep_chunks(np.setdiff1d(offered, self._announced, assume_unique=True))
             if all_due:
                 await asyncio.sleep(REANNOUNCE_PAUSE_S)
             if not self._all_due and not self._wake.is_set():

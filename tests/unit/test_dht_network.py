@@ -125,6 +125,12 @@ def test_snapshot_is_announced_by_itself_and_only_what_is_new_is_sent() -> None:
         await asyncio.sleep(5)
         assert all(node.protocol.hints.n_hints == 1130 for node in nodes if node is not nodes[1])
         assert nodes[1].protocol.counters["rpc_ap"] - sent == 4
+        nodes[1].announcer.set_snapshot(first)
+        await asyncio.sleep(5)
+        assert nodes[1].protocol.counters["rpc_ap"] - sent == 4
+        nodes[1].announcer.set_snapshot(both)
+        await asyncio.sleep(5)
+        assert nodes[1].protocol.counters["rpc_ap"] - sent == 8
 
     run(body)
 
