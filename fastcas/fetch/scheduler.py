@@ -41,6 +41,8 @@ RATE_WINDOW_S = 0.1
 WINDOW_MAX = 512
 NEXT_AGAIN_S = 0.5
 NEXT_BY_NAME_S = 2.0
+STALE_MIN = 4  # chosen chunks that were here already, before a seed's choices are doubted
+STALE_SHARE = 8  # and more than one in so many
 
 
 def bits(number: int) -> Iterator[int]:
@@ -95,6 +97,8 @@ class PeerState:
     cursor: int = 0
     gives_next: bool = True
     n_next: int = 0
+    n_chosen: int = 0
+    n_stale: int = 0
     nothing_new_at: float | None = None
     window_started: float = 0.0
     window_bytes: int = 0
@@ -196,9 +200,17 @@ class Scheduler:
     # --- answers ---
 
     def asked(self, key: Hashable, index: int, now: float) -> None:
-        """A NEXT answer turned out to be chunk `index`; it is counted as if it had been asked for by number."""
+        """A NEXT answer turned out to be chunk `index`; it is counted as if it had been asked for by number.
+
+        A seed whose choices are often here already (others ask it by name, or it lies) is not asked to choose again.
+        """
         peer = self.peers[key]
         peer.n_next = max(0, peer.n_next - 1)
+        peer.n_chosen += 1
+        if not self.free >> index & 1:
+            peer.n_stale += 1
+            if peer.n_stale >= STALE_MIN and peer.n_stale * STALE_SHARE > peer.n_chosen:
+                peer.gives_next = False
         self._take(peer, index, now)
 
     def done(self, index: int) -> None:

@@ -137,9 +137,7 @@ def test_ties_are_broken_differently_by_different_seeds() -> None:
 def test_seeds_alone_are_asked_for_runs() -> None:
     scheduler = with_peers(make(64), (1 << 64) - 1)
     asked = [ask.index for ask in scheduler.decide(0.0)]
-    assert all(
-        a is not None and b is not None and (b == a + 1 or b == 0) for a, b in itertools.pairwise(asked)
-    )
+    assert all(a is not None and b is not None and (b == a + 1 or b == 0) for a, b in itertools.pairwise(asked))
 
 
 def test_work_is_spread_over_peers() -> None:
@@ -271,6 +269,24 @@ def test_after_nothing_new_the_seed_gives_what_leechers_have_too_then_the_rest()
         scheduler.completed(0, index, 0.2, CHUNK, 0.0)
     later = [ask.index for ask in scheduler.decide(2.5) if ask.peer == 0 and ask.index is not None]
     assert later
+
+
+def test_seed_that_chooses_what_is_here_already_is_asked_by_name() -> None:
+    scheduler = with_peers(make(100), (1 << 100) - 1, 0b1)
+    for index in range(5):
+        scheduler.completed(1, index, 0.0, CHUNK, 0.0)
+        scheduler.decide(0.0)
+        scheduler.asked(0, index, 0.0)
+        scheduler.completed(0, index, 0.0, CHUNK, 0.0)
+    asks = [ask for ask in scheduler.decide(0.1) if ask.peer == 0]
+    assert asks
+    assert all(ask.index is not None for ask in asks)
+
+
+def test_leecher_that_became_complete_is_not_asked_to_choose() -> None:
+    scheduler = with_peers(make(100), 0b1)
+    scheduler.set_have(0, scheduler.full, is_seed=True)
+    assert all(ask.index is not None for ask in scheduler.decide(0.0))
 
 
 # --- a small swarm in virtual time ---
