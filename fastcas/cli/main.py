@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from fastcas import __version__
 from fastcas.cli.render import ProgressShow, bytes_text, print_json, print_line, print_table
 from fastcas.cli.runner import resume_hint, run_command
 from fastcas.config import storage_root
@@ -63,8 +64,8 @@ def _access(storage_dir: str, *, create: bool = False, optional: bool = False) -
         access.close()
 
 
-@click.group(PROGRAM, no_args_is_help=False, invoke_without_command=False)
-@click.version_option(package_name="fastcas", prog_name=PROGRAM)
+@click.group(PROGRAM, no_args_is_help=False)
+@click.version_option(__version__, prog_name=PROGRAM)
 def command() -> None:
     """Move big files to many machines: every byte proven, no server needed."""
     level = logging.getLevelNamesMapping().get(os.environ.get("FASTCAS_LOG", "ERROR").upper(), logging.ERROR)

@@ -50,13 +50,12 @@ def run_command(command: click.Command, program: str, arguments: Sequence[str] |
 def _invoke(command: click.Command, program: str, arguments: Sequence[str] | None) -> int:
     is_debugged = os.environ.get("FASTCAS_DEBUG") == "1"
     try:
-        words = None if arguments is None else list(arguments)
-        result = command.main(args=words, prog_name=program, standalone_mode=False)
+        # Not command.main(): it has its own ideas of Ctrl-C and of a closed pipe.
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        with command.make_context(program, words) as context:
+            result = command.invoke(context)
     except click.exceptions.Exit as error:
         return error.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        complain_usage(error)
-        return 2
     except click.ClickException as error:
         complain(f"{program}: {error.format_message()}")
         return 2
@@ -77,8 +76,3 @@ def _invoke(command: click.Command, program: str, arguments: Sequence[str] | Non
         complain(f"{program}: internal error: {type(error).__name__}: {error}")
         return 1
     return result if isinstance(result, int) else 0
-
-
-def complain_usage(error: click.UsageError) -> None:
-    """Write a command's help to stderr."""
-    sys.stderr.write(error.format_message() + "\n")
