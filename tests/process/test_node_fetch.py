@@ -205,3 +205,70 @@ def test_status_shows_a_running_download_and_the_callers_end_cancels_it(tmp_path
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         wait_until(lambda: not downloads(), "the download is cancelled")
+
+
+def test_part_file_is_served_while_it_grows(tmp_path: Path) -> None:
+    source = tmp_path / "source.bin"
+    write_random(source, 16 * MIB)
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(start_node(tmp_path / "a", "--max-upload", "4M"))
+        middle = stack.enter_context(start_node(tmp_path / "b"))
+        link = str(store(first, source)["link"])
+        feeding = subprocess.Popen(
+            [sys.executable, "-m", "fastcas", "get", link, "-o", str(tmp_path / "middle.bin"), "--json",
+             "--storage-dir", str(middle.storage)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert feeding.stdout is not None and feeding.stderr is not None
+        with feeding.stdout, feeding.stderr:
+            while json.loads(read_line(feeding.stdout, 60))["progress"]["done"] < 2 * MIB:
+                pass
+            # The link without its peer: only the middle node is known to the last one at first.
+            bare = link.partition("&peer=")[0]
+            out = tmp_path / "last.bin"
+            result = get(bare, "-o", str(out), "--peer", middle.peer, "--storage-dir", str(tmp_path / "no"))
+            assert feeding.wait(60) == 0, feeding.stderr.read()
+        assert out.read_bytes() == source.read_bytes()
+        assert result["bytes_by_peer"][middle.peer] > 0  # type: ignore[call-overload, index]
+
+
+def test_peers_of_a_file_learn_of_each_other_from_the_seed(tmp_path: Path) -> None:
+    source = tmp_path / "source.bin"
+    file_hash = write_random(source, 4 * MIB)
+    with contextlib.ExitStack() as stack:
+        seed = stack.enter_context(start_node(tmp_path / "seed"))
+        other = stack.enter_context(start_node(tmp_path / "other"))
+        store(seed, source)
+        get(file_hash, "-o", str(tmp_path / "x"), "--peer", seed.peer, "--storage-dir", str(other.storage))
+
+        def known() -> list[list[object]]:
+            done = run_fastcas("peers", file_hash, "--json", "--storage-dir", str(seed.storage))
+            result: list[list[object]] = json.loads(done.stdout)["peers"]
+            return result
+
+        (peer,) = wait_until(known, "the seed knows the other node")
+        assert (peer[1], peer[2], peer[3]) == (other.host, other.port, "swarm")
+
+
+def test_damage_of_a_running_node_is_repaired_from_a_peer(tmp_path: Path) -> None:
+    source = tmp_path / "source.bin"
+    file_hash = write_random(source, 2 * MIB)
+    with contextlib.ExitStack() as stack:
+        good = stack.enter_context(start_node(tmp_path / "good"))
+        store(good, source)
+        mine = stack.enter_context(start_node(tmp_path / "mine", "--peer", good.peer))
+        store(mine, source)
+        (blob,) = (mine.storage / "hashed_files").rglob("*.blob")
+        blob.chmod(0o600)
+        with blob.open("r+b") as file:
+            file.seek(MIB)
+            file.write(b"damage")
+        storage = ["--storage-dir", str(mine.storage)]
+        assert run_fastcas("verify", *storage).returncode == 5
+        done = run_fastcas("verify", "--repair", *storage)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "repaired from peer" in done.stdout
+        good.stop()
+        result = get(file_hash, "-o", str(tmp_path / "out"), *storage)
+        assert result["local_bytes"] == 2 * MIB
+        assert (tmp_path / "out").read_bytes() == source.read_bytes()

@@ -240,3 +240,22 @@ def test_rm_and_gc_on_a_running_node_take_the_file_away(tmp_path: Path) -> None:
         assert json.loads(done.stdout)["bytes_freed"] >= 600_000
         assert fetch(node, f"/files/{file_hash}")[0] == 404
         assert fetch(node, f"/files/{kept_hash}") == (200, kept)
+
+
+def test_worker_that_hangs_is_killed_and_replaced(tmp_path: Path) -> None:
+    with start_node(tmp_path / "storage", workers=1) as node:
+        file_hash, content = stored(node, tmp_path)
+        (victim,) = child_of(node.tree(), "fastcas.serve")
+        os.kill(victim, signal.SIGSTOP)
+        wait_until(lambda: not is_running(victim), "the hanging worker is killed", budget_s=40)
+        assert fetch(node, f"/files/{file_hash}") == (200, content)
+
+
+def test_killed_in_the_middle_of_everything_the_node_starts_again(tmp_path: Path) -> None:
+    node = start_node(tmp_path / "storage", workers=2)
+    file_hash, content = stored(node, tmp_path)
+    node.kill()
+    node.stop()
+    with start_node(tmp_path / "storage") as again:
+        assert fetch(again, f"/files/{file_hash}") == (200, content)
+        assert run_fastcas("verify", "--storage-dir", str(again.storage)).returncode == 0
