@@ -65,7 +65,7 @@ static void unhash(fcas_engine *e, fcas_cached *b)
 static void destroy(fcas_engine *e, fcas_cached *b)
 {
     if (b->map)
-        munmap(b->map, (size_t)b->map_len);
+        munmap(b->map, FCAS_WINDOW_SIZE);
     close(b->fd);
     free(b);
     e->n_cached--;
@@ -264,14 +264,11 @@ void fcas_cache_put(fcas_engine *e, fcas_cached *b)
 const uint8_t *fcas_cache_map(fcas_cached *b)
 {
     if (!b->map) {
-        uint64_t len = FCAS_WINDOW_SIZE;
-        if (!(b->flags & FCAS_BLOB_GROWING) && b->stat_size - b->map_at < len)
-            len = b->stat_size - b->map_at;
-        void *map = mmap(NULL, (size_t)len, PROT_READ, MAP_SHARED, b->fd, (off_t)b->map_at);
+        /* the whole window, also past the end of the file: it may grow, and every extent must lie inside the mapping */
+        void *map = mmap(NULL, FCAS_WINDOW_SIZE, PROT_READ, MAP_SHARED, b->fd, (off_t)b->map_at);
         if (map == MAP_FAILED)
             return NULL;
         b->map = map;
-        b->map_len = len;
     }
     return b->map;
 }

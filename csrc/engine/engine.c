@@ -154,17 +154,22 @@ static void run_ready(fcas_engine *e)
     }
 }
 
-/* The kick keeps the epoll fd readable exactly while somebody waits for a turn. */
-static void set_kick(fcas_engine *e)
+/* The kick keeps the epoll fd readable while somebody waits for a turn. */
+static void set_kick(fcas_engine *e, int wanted)
 {
-    int      wanted = e->ready_head != NULL;
     uint64_t value = 1;
-    ssize_t  done = 0;
+    ssize_t  done;
     if (wanted == e->kicked)
         return;
     done = wanted ? write(e->kick, &value, sizeof value) : read(e->kick, &value, sizeof value);
     if (done == sizeof value)
         e->kicked = wanted;
+}
+
+void fcas_engine_kick(fcas_engine *e)
+{
+    if (e->ready_head || e->parked_head || e->n_events)
+        set_kick(e, 1);
 }
 
 static void flush_counters(fcas_engine *e)
@@ -184,7 +189,7 @@ static void flush_counters(fcas_engine *e)
 
 static unsigned finish_turn(fcas_engine *e)
 {
-    set_kick(e);
+    set_kick(e, e->ready_head != NULL);
     fcas_epoch_refresh(e);
     flush_counters(e);
     return (e->parked_head ? FCAS_ENGINE_PARKED : 0u) | (e->n_events ? FCAS_ENGINE_EVENTS : 0u) |

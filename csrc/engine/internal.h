@@ -35,9 +35,8 @@ typedef struct fcas_cached {
     int      fd;
     uint64_t stat_size;  /* at the last check */
     int64_t  checked_ns;
-    uint8_t *map;        /* NULL until it is needed */
+    uint8_t *map;        /* FCAS_WINDOW_SIZE bytes; NULL until it is needed */
     uint64_t map_at;     /* file offset of map */
-    uint64_t map_len;
     int      dead;       /* withdrawn or replaced: out of the table, freed with the last reference */
 } fcas_cached;
 
@@ -231,6 +230,10 @@ void fcas_conn_free_input(fcas_engine *e, fcas_conn *c);
 void fcas_conn_make_ready(fcas_engine *e, fcas_conn *c);
 /* Bookkeeping of a response that begins: c becomes SENDING. */
 void fcas_conn_begin(fcas_engine *e, fcas_conn *c, int status);
+
+/* ---- engine.c ---- */
 void fcas_engine_event(fcas_engine *e, fcas_event event);
+/* Outside of a run: make the epoll fd readable if there is something to go on with, or for the owner to take. */
+void fcas_engine_kick(fcas_engine *e);
 
 #endif

@@ -15,7 +15,8 @@ typedef struct {
 
 static void put(out *o, const void *bytes, size_t n)
 {
-    memcpy(o->at, bytes, n);
+    if (n) /* nothing may be at NULL, which memcpy must not see */
+        memcpy(o->at, bytes, n);
     o->at += n;
 }
 #define PUT(o, literal) put((o), "" literal, sizeof(literal) - 1)
@@ -411,6 +412,7 @@ static void unpark(fcas_engine *e, fcas_conn *c)
 {
     e->n_parked--;
     fcas_conn_run(e, c);
+    fcas_engine_kick(e);
 }
 
 fcas_status fcas_engine_respond(fcas_engine *e, uint64_t handle, int status, const uint8_t *fields, size_t fields_len,

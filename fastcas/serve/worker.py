@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 from typing import Any
 
@@ -17,7 +18,7 @@ import msgpack
 import uvloop
 
 from fastcas.errors import FastCASError, LocalProtocolError
-from fastcas.limits import DRAIN_S, TICK_S
+from fastcas.limits import BLOBS_OPEN_MAX, CONNECTIONS_PER_WORKER, DRAIN_S, RESERVED_FDS, TICK_S
 from fastcas.serve._engine import DRAINED, Engine, Gone, Sent, Withdrawn
 from fastcas.serve.swarm import SwarmService
 from fastcas.table._shared import Counters, GivenBoard, HaveLog, Ring
@@ -53,8 +54,7 @@ class Worker:
     async def run(self) -> None:
         """Serve until the end; returns when everything is closed."""
         self._channel.attach_to(self._loop, self._on_message, self._done.set)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            self._loop.add_signal_handler(number, self.drain)
+        self._loop.add_signal_handler(signal.SIGTERM, self.drain)
         try:
             await self._done.wait()
         finally:
@@ -138,6 +138,7 @@ class Worker:
             counters_fd=counters,
             counter_slot=self._slot,
             send_path=config.get("send_path", "auto"),
+            max_connections=_connections_max(),
         )
         self._engine = engine
         self._swarm = SwarmService(engine, self._loop, str(message["node_id"]), self._report, self._board)
@@ -197,9 +198,21 @@ class Worker:
             log.warning("events ring full, message dropped op=%s", message["op"])
 
 
+def _connections_max() -> int:
+    """Take all descriptors that we may have; return how many of them connections get."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY:
+        return CONNECTIONS_PER_WORKER
+    return max(min(CONNECTIONS_PER_WORKER, soft - BLOBS_OPEN_MAX - RESERVED_FDS), 16)
+
+
 def run_worker(channel_fd: int) -> int:
     """Be a worker: serve on the channel at `channel_fd` until the end. Returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
     async def main() -> None:

@@ -298,6 +298,25 @@ def test_chunk_answer_reports_its_end_once(tmp_path: Path) -> None:
         assert sorted(s.events) == sorted([Sent(good, True), Sent(bad, False)])
 
 
+def test_answer_from_outside_a_run_goes_on_without_a_tick(tmp_path: Path) -> None:
+    with served(tmp_path) as s:
+        data = content(12 << 20)
+        digest = s.store.add_chunks(data, 12 << 20)[0]
+        request = b"GET /swarm/%s/next HTTP/1.1\r\nHost: a\r\n\r\n" % (b"ab" * 32)
+        sock = s.client(request + request)
+        s.until(lambda: len(s.parked) == 1, "parked")
+        assert s.engine.respond_chunk(s.parked[0].handle, digest, notify=True)
+        pieces: list[bytes] = []
+        while len(s.parked) < 2:  # the engine's descriptor alone says when to run
+            assert select.select([s.engine.fileno(), sock], [], [], BUDGET_S)[0]
+            s.engine.run()
+            s.read_until_closed(sock, pieces)
+        assert s.engine.respond(s.parked[1].handle, 204)
+        s.until(lambda: s.read_until_closed(sock, pieces) or b"".join(pieces[-2:]).endswith(b"\r\n\r\n"), "both read")
+        assert data in b"".join(pieces)
+        assert s.events == [Sent(s.parked[0].handle, True)]
+
+
 def test_epoch_is_safe_only_when_older_responses_are_done(tmp_path: Path) -> None:
     with served(tmp_path) as s:
         digest = s.store.add_chunks(content(16 << 20), 16 << 20)[0]

@@ -101,9 +101,11 @@ def test_owned_blob_may_be_touched_and_grow(tmp_path: Path) -> None:
         assert status_of(made, f"/chunks/{digest.hex()}") == 200
 
 
-def test_growing_blob_serves_what_came_after_it_was_opened(tmp_path: Path) -> None:
-    with rig(tmp_path) as made:
-        first = made.store.add_chunks(content(16384), 16384, growing=True)[0]
+@pytest.mark.parametrize("send_path", ["sendfile", "copy"])
+@pytest.mark.parametrize("growing", [False, True])
+def test_blob_serves_what_came_after_it_was_opened(tmp_path: Path, growing: bool, send_path: str) -> None:
+    with rig(tmp_path, send_path=send_path) as made:
+        first = made.store.add_chunks(content(16384), 16384, growing=growing)[0]
         made.publish()
         assert status_of(made, f"/chunks/{first.hex()}") == 200
         later = content(16384, 9)
