@@ -69,8 +69,8 @@ def test_node_serves_finds_and_downloads(tmp_path: Path) -> None:
                 assert (tmp_path / "out" / "source.bin").read_bytes() == source.read_bytes()
                 nodes = second.dht_node.routing_table.get_all_nodes()
                 assert [(node.ip, node.port) for node in nodes] == bootstrap
-                while len(second.peer_manager.local_chunks) != 4:
-                    await asyncio.sleep(0.01)
+                manager = second.peer_manager
+                await asyncio.to_thread(wait_until, lambda: len(manager.local_chunks) == 4, "its chunks are known")
                 found = await second.peer_manager.discover_file(file_hash)
                 assert found is not None
                 assert (found.original_name, found.size, len(found.data_chunks)) == ("source.bin", 1_000_000, 4)
@@ -101,8 +101,9 @@ def test_start_server_names_a_taken_port_and_can_be_tried_again(tmp_path: Path) 
     async def main() -> None:
         async with running(tmp_path / "a", use_dht=False) as first:
             second = P2PNode(
-                server_host="127.0.0.1", server_port=first.server_port, storage_dir=tmp_path / "b", use_dht=False, workers=1
-            )
+                server_host="127.0.0.1", server_port=first.server_port, storage_dir=tmp_path / "b", use_dht=False,
+                workers=1,
+            )  # fmt: skip
             with pytest.raises(NodeUnavailable):
                 second.start_server()
             await second.initialize()
@@ -163,9 +164,8 @@ def test_handle_survives_the_agents_death(tmp_path: Path) -> None:
         async with running(tmp_path / "a", use_dht=False) as node:
             os.kill((await node.status())["agent_pid"], signal.SIGKILL)
             await asyncio.to_thread(wait_until, lambda: _stores(source, tmp_path / "a"), "a new agent stores")
-            async with asyncio.timeout(20):
-                while len(node.peer_manager.local_chunks) != 2:
-                    await asyncio.sleep(0.01)
+            manager = node.peer_manager
+            await asyncio.to_thread(wait_until, lambda: len(manager.local_chunks) == 2, "its chunks are known")
 
     asyncio.run(main())
 
