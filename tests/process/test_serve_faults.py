@@ -118,6 +118,28 @@ def test_blob_serves_what_came_after_it_was_opened(tmp_path: Path, growing: bool
             assert read_response(sock)[2] == later
 
 
+@pytest.mark.parametrize("send_path", ["sendfile", "copy"])
+def test_extents_anywhere_in_a_big_blob_are_served(tmp_path: Path, send_path: str) -> None:
+    places = [0, (32 << 20) - 5, (32 << 20) - (16 << 20) + 1, (64 << 20) - 1, (96 << 20) - 70_000, (5 << 30) + 12345]
+    with rig(tmp_path, send_path=send_path) as made:
+        path = tmp_path / "sparse.blob"
+        chunks = {}
+        with path.open("wb") as f:
+            for i, at in enumerate(places):
+                f.seek(at)
+                f.write(content(100_000, i))
+        blob = made.store.add_blob(b"", path=path)
+        for i, at in enumerate(places):
+            digest = hashlib.sha256(content(100_000, i)).digest()
+            chunks[digest] = i
+            made.store.table.put_chunk(digest, blob, at, 100_000)
+        made.publish()
+        with made.worker.connect() as sock:
+            for digest in chunks:
+                ask(sock, f"/chunks/{digest.hex()}")
+                assert hashlib.sha256(read_response(sock)[2]).digest() == digest
+
+
 @pytest.mark.parametrize("kind", ["gone", "symlink", "fifo", "directory", "other file"])
 def test_blob_replaced_by_something_else_is_not_followed(tmp_path: Path, kind: str) -> None:
     with rig(tmp_path) as made:
