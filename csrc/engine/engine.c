@@ -270,7 +270,6 @@ fcas_status fcas_engine_set_table(fcas_engine *e, int fd, uint64_t number)
 void fcas_engine_drain(fcas_engine *e)
 {
     e->draining = 1;
-    e->drain_ns = e->now_ns;
     listen_off(e);
 }
 
