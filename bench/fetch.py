@@ -1,6 +1,6 @@
 """How fast does one client get one file from one node, to disk and verified, and what does it cost both sides?
 
-One run, interleaved: each turn fetches the same file over loopback by every way, in an order that rotates; medians
+One run, interleaved: each turn fetches the same file over loopback by every way, in an order drawn anew; medians
 over the turns. Wall time is that of the whole client process, start to end, with the file verified and on its place
 (`curl` verifies nothing, so `sha256sum` follows it). CPU is utime + stime of all processes of each side per GB.
 
@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -229,10 +230,21 @@ def nginx_ways(source: Path, work: Path, sha256: str) -> Iterator[list[Way]]:
         yield ways
 
 
+def touch_memory(target: Path, size: int) -> None:
+    """Fill the page cache with a file of this size and drop it: nobody pays for the hypervisor's first touch."""
+    warm = target.with_name("warm")
+    block = bytes(1 << 20)
+    with warm.open("wb") as file:
+        for _ in range(0, size, len(block)):
+            file.write(block)
+    os.sync()
+    warm.unlink()
+
+
 def measure(way: Way, target: Path, size: int) -> Sample:
     """Fetch once by one way into an empty place."""
     commands = way.get(target)
-    os.sync()
+    touch_memory(target, size)
     server_before = tree_cpu_s(way.server_pid)
     before = os.times()
     started = time.perf_counter()
@@ -293,7 +305,7 @@ def main() -> None:
             ways += stack.enter_context(nginx_ways(source, work, sha256))
             samples: dict[str, list[Sample]] = {way.name: [] for way in ways}
             for turn in range(options.turns):
-                for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
+                for way in random.Random(turn).sample(ways, len(ways)):
                     sample = measure(way, work / f"out-{turn}", options.size)
                     samples[way.name].append(sample)
                     print(f"turn {turn + 1} {way.name:<18} {sample.wall_s:7.2f} s", flush=True)
