@@ -307,7 +307,7 @@ static bool expect_body(fcas_rx_conn *c)
             broken(c, FCAS_RX_NO_MEMORY, ENOMEM);
             return false;
         }
-        fcas_sha256_init(&c->check.own, NULL);
+        fcas_sha256_init(&c->check.own, config_of(c)->kernel);
         c->body = BODY_MEMORY;
         return true;
     }

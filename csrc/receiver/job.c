@@ -91,16 +91,16 @@ uint32_t fcas_rx_job_length(const fcas_rx_job *job, uint32_t index)
 void fcas_rx_check_begin(fcas_rx_check *check, const fcas_rx_job *job, uint32_t index)
 {
     const fcas_rx_layout *layout = &job->layout;
-    fcas_sha256_init(&check->own, NULL);
+    fcas_sha256_init(&check->own, layout->kernel);
     /* With a single chunk both hashes are the same number: the chunk's own is enough. */
     check->has_link = index < layout->n_chunks && layout->n_chunks > 1;
     if (!check->has_link) {
         return;
     }
     if (index == 0) {
-        fcas_sha256_init(&check->chain, NULL);
+        fcas_sha256_init(&check->chain, layout->kernel);
     } else {
-        (void)fcas_sha256_resume(&check->chain, NULL, layout->midstates + 32 * (size_t)(index - 1),
+        (void)fcas_sha256_resume(&check->chain, layout->kernel, layout->midstates + 32 * (size_t)(index - 1),
                                  (uint64_t)index * layout->chunk_size);
     }
 }

@@ -23,6 +23,7 @@ typedef struct {
     const uint8_t *midstates;     /* 32 * (n_chunks - 1) */
     const uint8_t *parity_hashes; /* 32 * n_parity */
     uint8_t file_hash[32];
+    const fcas_sha256_kernel *kernel; /* NULL: the default one */
 } fcas_rx_layout;
 
 typedef struct {

@@ -30,6 +30,7 @@ typedef struct {
     uint32_t connect_ms;    /* deadlines, each > 0 */
     uint32_t first_byte_ms; /* from the moment a request is the oldest one on its connection and was sent */
     uint32_t stall_ms;      /* without a byte of the body; also for the whole head after its first byte */
+    const fcas_sha256_kernel *kernel; /* for bodies into memory; NULL: the default one */
 } fcas_rx_config;
 
 /* How a request ended. The numbers are shown to Python. */

@@ -13,6 +13,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from fastcas.errors import UsageError
+from fastcas.hashing import kernel_name
 
 cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t
@@ -49,6 +50,11 @@ cdef extern from "common/status.h" nogil:
     int FCAS_E_NOMEM
     int FCAS_E_SYS
 
+cdef extern from "sha256/sha256.h" nogil:
+    ctypedef struct fcas_sha256_kernel:
+        pass
+    int fcas_sha256_select(const char *, const fcas_sha256_kernel **)
+
 cdef extern from "receiver/job.h" nogil:
     ctypedef struct fcas_rx_layout:
         uint64_t size
@@ -61,6 +67,7 @@ cdef extern from "receiver/job.h" nogil:
         const uint8_t *midstates
         const uint8_t *parity_hashes
         uint8_t file_hash[32]
+        const fcas_sha256_kernel *kernel
     ctypedef struct fcas_rx_job:
         pass
     int fcas_rx_job_new(const fcas_rx_layout *, int, int, fcas_rx_job **)
@@ -79,6 +86,7 @@ cdef extern from "receiver/receiver.h" nogil:
         uint32_t connect_ms
         uint32_t first_byte_ms
         uint32_t stall_ms
+        const fcas_sha256_kernel *kernel
     ctypedef struct fcas_rx_request:
         fcas_rx_request *next
         uint64_t id
@@ -117,6 +125,12 @@ _TARGET = re.compile(rb"/[A-Za-z0-9/?&=._~%-]{0,999}")
 _NODE_ID = re.compile(r"[0-9a-f]{1,64}", re.ASCII)
 
 
+cdef const fcas_sha256_kernel *_kernel = NULL
+# fastcas.hashing has read FASTCAS_SHA256_KERNEL and refused what does not work.
+if fcas_sha256_select(kernel_name().encode(), &_kernel) != FCAS_OK:
+    raise ImportError(f"SHA-256 kernel {kernel_name()}: not in this extension")
+
+
 cdef int _check(int status, str what) except -1:
     if status == FCAS_E_NOMEM:
         raise MemoryError(what)
@@ -143,6 +157,7 @@ cdef class Job:
         layout.chunk_size = manifest.chunk_size
         layout.n_chunks = manifest.n_chunks
         layout.n_parity = manifest.n_parity
+        layout.kernel = _kernel
         layout.k = manifest.k
         layout.m = manifest.m
         # Manifest's constructor holds these lengths; they are checked again because C trusts them.
@@ -195,6 +210,7 @@ cdef class Receiver:
         config.connect_ms = <uint32_t>(connect_s * 1000)
         config.first_byte_ms = <uint32_t>(first_byte_s * 1000)
         config.stall_ms = <uint32_t>(stall_s * 1000)
+        config.kernel = _kernel
         _check(fcas_rx_new(&config, &self._rx), "receiver")
 
     def __dealloc__(self):
