@@ -263,23 +263,15 @@ void fcas_cache_put(fcas_engine *e, fcas_cached *b)
         retire(e, e->oldest);
 }
 
-const uint8_t *fcas_cache_map(fcas_cached *b, uint64_t end)
+const uint8_t *fcas_cache_map(fcas_cached *b)
 {
-    uint64_t need = end - b->map_at; /* <= FCAS_WINDOW_SIZE: an extent lies whole in the window of its offset */
-    if (b->map && b->map_len < need) {
-        munmap(b->map, (size_t)b->map_len); /* the file has grown since */
-        b->map = NULL;
-    }
     if (!b->map) {
-        uint64_t len = FCAS_WINDOW_SIZE;
-        /* Never less than what is to be sent: beyond the file is EFAULT, beyond the mapping is somebody else's. */
-        if (!(b->flags & FCAS_BLOB_GROWING) && b->stat_size >= end && b->stat_size - b->map_at < len)
-            len = b->stat_size - b->map_at;
-        void *map = mmap(NULL, (size_t)len, PROT_READ, MAP_SHARED, b->fd, (off_t)b->map_at);
+        /* The whole window, also past the end of the file: it may grow, and every extent must lie inside the mapping.
+         * Beyond the file is EFAULT, beyond the mapping would be somebody else's memory. */
+        void *map = mmap(NULL, FCAS_WINDOW_SIZE, PROT_READ, MAP_SHARED, b->fd, (off_t)b->map_at);
         if (map == MAP_FAILED)
             return NULL;
         b->map = map;
-        b->map_len = len;
     }
     return b->map;
 }

@@ -190,8 +190,8 @@ fcas_cached *fcas_cache_get(fcas_engine *e, fcas_place place, int *busy);
 void fcas_cache_put(fcas_engine *e, fcas_cached *b);
 /* Check identity and size against the open file; 0 = withdrawn. */
 int fcas_cache_check(fcas_engine *e, fcas_cached *b, uint64_t end);
-/* Map the window, at least up to the file offset `end` in it. NULL if that fails. */
-const uint8_t *fcas_cache_map(fcas_cached *b, uint64_t end);
+/* Map the window. NULL if that fails. */
+const uint8_t *fcas_cache_map(fcas_cached *b);
 /* Report the blob once a second and take it out of the cache. */
 void fcas_cache_withdraw(fcas_engine *e, fcas_cached *b, fcas_withdraw_reason reason);
 /* Close blobs that the table does not list any more. */

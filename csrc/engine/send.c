@@ -56,7 +56,7 @@ static ssize_t write_some(fcas_conn *c, uint64_t turn)
         }
         return n;
     }
-    const uint8_t *map = fcas_cache_map(c->blob, c->body_at + c->body_left);
+    const uint8_t *map = fcas_cache_map(c->blob);
     if (!map) {
         c->use_sendfile = 1; /* no address space: sendfile needs none */
         return write_some(c, turn);

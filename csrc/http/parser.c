@@ -292,9 +292,9 @@ int fcas_http_parse(fcas_http_request *r, const uint8_t *buf, size_t n)
         size_t stop = n < limit - 1 ? n : limit - 1;
         while (i < stop && is_class(buf[i], VALUE))
             i++;
-        if (i == stop) {
+        if (i >= stop) { /* beyond it when the last line ended exactly at the limit */
             r->scan_at = (uint16_t)i;
-            return i == limit - 1 ? too_long : FCAS_HTTP_MORE;
+            return i >= limit - 1 ? too_long : FCAS_HTTP_MORE;
         }
         if (buf[i] != '\r')
             return 400;

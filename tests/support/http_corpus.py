@@ -128,6 +128,7 @@ MALFORMED: dict[str, tuple[bytes, int]] = {
     "too many fields": (_with(*[b"X%d: y" % i for i in range(64)]), 431),
     "fields too long": (_with(b"X: " + b"y" * 8200), 431),
     "fields without end": (LINE + HOST + b"X: " + b"y" * 8300, 431),
+    "field line that fills the limit": (LINE + HOST + b"X: " + b"y" * (8192 - len(LINE + HOST) - 5) + b"\r\n", 431),
     # bodies
     "content length 1": (_with(b"Content-Length: 1") + b"x", 400),
     "content length huge": (_with(b"Content-Length: 99999999999999999999"), 400),
