@@ -266,8 +266,7 @@ void fcas_cache_put(fcas_engine *e, fcas_cached *b)
 const uint8_t *fcas_cache_map(fcas_cached *b)
 {
     if (!b->map) {
-        /* The whole window, also past the end of the file: it may grow, and every extent must lie inside the mapping.
-         * Beyond the file is EFAULT, beyond the mapping would be somebody else's memory. */
+        /* Always the whole window: beyond the file is EFAULT, beyond the mapping would be somebody else's memory. */
         void *map = mmap(NULL, FCAS_WINDOW_SIZE, PROT_READ, MAP_SHARED, b->fd, (off_t)b->map_at);
         if (map == MAP_FAILED)
             return NULL;
