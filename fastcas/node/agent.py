@@ -20,6 +20,7 @@ from typing import Any
 
 import msgpack
 
+from fastcas import hashing, parity
 from fastcas.config import NodeConfig
 from fastcas.errors import FastCASError, LocalProtocolError
 from fastcas.ids import PeerAddr
@@ -73,7 +74,7 @@ class Agent:
         self.node_id = ""
         self.has_dht = False
         self.state: Message = {"workers": [], "host": "0.0.0.0", "port": 0, "dht_port": None, "dht_pid": None}
-        self.started_at = time.time()
+        self.started_at = time.monotonic()
         self._stats: dict[str, int] = {}
         self._stats_are_old = True
         self.chunks_generation = 0
@@ -156,6 +157,8 @@ class Agent:
     async def _start_parts(self, message: Message, fds: list[int]) -> None:
         from fastcas.dht.identity import Identity
 
+        hashing.self_test()
+        parity.self_test()
         lock_fd, counters_fd = fds
         self.config = wire.config_from_map(message["config"])
         self.config.storage_dir = message["storage"]
@@ -203,6 +206,7 @@ class Agent:
         self._stack.push_async_callback(self._close_dht)
         self._stack.push_async_callback(self.announcer.close)
         self._stack.push_async_callback(self.swarmbook.close)
+        self._stack.push_async_callback(self.downloads.close)
         if self.config.admin_port:
             admin = AdminServer(self.config.admin_port, handler.status)
             await admin.start()

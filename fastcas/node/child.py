@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -16,9 +17,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastcas.errors import LocalProtocolError
 from fastcas.table import Channel
 
 __all__ = ["BackOff", "Child"]
+
+log = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 
@@ -96,13 +100,16 @@ class Child:
         return f"{self.kind} {self.slot}" if self.kind == "worker" else self.kind
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> bool:
-        """Queue a message; False if the child is gone. The fds stay the caller's."""
+        """Queue a message; False if the child is gone or does not read. The fds stay the caller's."""
         if self.channel is None:
             return False
         try:
             self.channel.send(message, fds)
-        except (OSError, EOFError):
+        except OSError:
             return False  # its exit is on the way through the pidfd
+        except LocalProtocolError as error:
+            log.error("message lost child=%s pid=%d error=%s", self.name, self.pid, error)
+            return False
         return True
 
     def signal(self, number: signal.Signals) -> None:

@@ -6,6 +6,7 @@ caller goes away it is cancelled, and the part file with its journal stays for t
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import time
@@ -33,6 +34,7 @@ __all__ = ["Downloads", "ProgressRelay", "Running", "result_to_map"]
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.1
+REGISTER_S = 2.0
 PROGRESS_STEPS = 20  # parts of the whole that are each reported, however fast they come
 
 
@@ -131,8 +133,15 @@ class Downloads:
         self._data_port = data_port
         self._discovery = discovery
         self._named_peers = tuple(named_peers)
+        self._tasks: set[asyncio.Future[None]] = set()
         self._numbers = itertools.count(1)
         self._running: dict[int, Running] = {}
+
+    async def close(self) -> None:
+        """Wait for nothing more to be registered. Idempotent."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def running(self) -> list[dict[str, Any]]:
         """Return the downloads in progress."""
@@ -188,9 +197,17 @@ class Downloads:
                 node_id=self._node_id, data_port=self._data_port(), timeout_s=timeout_s, hooks=seeding,
                 progress=progress, raw=raw, force=force, folder=folder,
             )  # fmt: skip
-            for path, manifest, is_proven in seeding.finished:
-                if is_proven:
-                    await self._register(path, manifest, path.name)
+            registering = [
+                asyncio.ensure_future(self._register(path, manifest, path.name))
+                for path, manifest, is_proven in seeding.finished
+                if is_proven
+            ]
+            for task in registering:
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            if registering:
+                # The store may be busy for long; the user has the file already.
+                await asyncio.wait(registering, timeout=REGISTER_S)
         finally:
             await seeding.close()
             local.close()

@@ -125,6 +125,11 @@ class Publisher:
 
     # ---- lookups ----
 
+    def has_file(self, file_hash: bytes) -> bool:
+        """Whether a whole file is served."""
+        with self._lock:
+            return self._table.lookup_file(file_hash) is not None
+
     def find_extent(self, key: bytes) -> tuple[str, int, int, int, int] | None:
         """Return (path, device, inode, offset, length) of a chunk, or None."""
         with self._lock:

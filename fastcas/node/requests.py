@@ -35,6 +35,7 @@ __all__ = ["RequestHandler"]
 REPAIR_FETCH_S = 60.0
 REPAIR_WANT = 8
 PEERS_WANT = 64
+WAITING_S = 1.0
 WATCH_S = 1.0  # how old a handle's copy of the routing table gets
 HASHES_PER_ANSWER = 1 << 20
 
@@ -101,7 +102,7 @@ class RequestHandler:
         ]
         return {
             "node_id": agent.node_id, "label": agent.label, "pid": os.getppid(), "agent_pid": os.getpid(),
-            "uptime_s": time.time() - agent.started_at, "storage": agent.config.storage_dir,
+            "uptime_s": time.monotonic() - agent.started_at, "storage": agent.config.storage_dir,
             "data": {"host": agent.state["host"], "port": agent.data_port()},
             "dht": {"port": agent.state["dht_port"], "pid": agent.state["dht_pid"], "contacts": contacts}
             if agent.has_dht else None,
@@ -141,13 +142,19 @@ class RequestHandler:
         fds = [os.dup(fd) for fd in request.fds]  # the thread may outlive a cancelled request
 
         def work() -> dict[str, Any]:
+            loop.call_soon_threadsafe(begun.set)
             try:
                 return agent.operations.run(request.op, request.args, fds, progress, request.cancelled)
             finally:
                 for fd in fds:
                     os.close(fd)
 
-        result = await agent.thread.run(work)
+        begun = asyncio.Event()
+        telling = loop.create_task(_tell_waiting(request, begun))
+        try:
+            result = await agent.thread.run(work)
+        finally:
+            telling.cancel()
         agent.forget_stats()
         if request.op in ("store", "migrate"):
             stored = [result] if request.op == "store" else result["files"]
@@ -169,7 +176,9 @@ class RequestHandler:
         peers = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
         timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
         bootstrap = [parse_peer(str(text), "--bootstrap") for text in args.get("bootstrap", [])]
-        if bootstrap and self._agent.dht is not None:
+        if bootstrap:
+            if self._agent.dht is None:
+                raise UsageError("--bootstrap: this storage folder's node runs without a DHT")
             await self._agent.dht.bootstrap([(peer.ip, peer.port) for peer in bootstrap])
         folder = Path(os.fsdecode(args["folder"]))
         out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
@@ -196,6 +205,8 @@ class RequestHandler:
                 raise Interrupted(f"get: stopped after {done} of {total} B")
             loop.call_soon_threadsafe(request.progress, {"done": done, "total": total, "rate_Bps": 0, "peers": 0})
 
+        if not self._agent.publisher.has_file(link.file_hash):
+            return None  # known without waiting for the store, which may be busy
         raw, force = bool(request.args.get("raw")), bool(request.args.get("force"))
         return await self._agent.thread.run(
             export, self._agent.store, link, out, folder, raw=raw, force=force, progress=progress
@@ -267,6 +278,15 @@ class RequestHandler:
             raise NodeUnavailable("bootstrap: this node runs without a DHT")
         peers = [(str(host), int(port)) for host, port in request.args["peers"]]
         return {"contacts": await self._agent.dht.bootstrap(peers)}
+
+
+async def _tell_waiting(request: Request, begun: asyncio.Event) -> None:
+    """Say that a command waits for another one, if it does for long."""
+    try:
+        async with asyncio.timeout(WAITING_S):
+            await begun.wait()
+    except TimeoutError:
+        request.progress({"done": 0, "total": 0, "peers": 0, "waiting_on": "another command on this store"})
 
 
 def _has_chunks(manifest: Manifest, meta: FileMetadata) -> bool:

@@ -12,6 +12,7 @@ import asyncio
 import ipaddress
 import itertools
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -76,7 +77,8 @@ class RingDiscovery:
         self._req = req_ring
         self._ans = ans_ring
         self._owns_rings = owns_rings
-        self._ids = itertools.count(1)
+        # Never those of an asker before us, whose answers may still be on the way.
+        self._ids = itertools.count(time.monotonic_ns())
         self._outstanding: dict[int, _Outstanding] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
