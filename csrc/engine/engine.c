@@ -168,7 +168,7 @@ static void set_kick(fcas_engine *e, int wanted)
 
 void fcas_engine_kick(fcas_engine *e)
 {
-    if (e->ready_head || e->parked_head || e->n_events)
+    if ((e->ready_head && !e->limited) || e->parked_head || e->n_events)
         set_kick(e, 1);
 }
 
@@ -189,7 +189,7 @@ static void flush_counters(fcas_engine *e)
 
 static unsigned finish_turn(fcas_engine *e)
 {
-    set_kick(e, e->ready_head != NULL);
+    set_kick(e, e->ready_head != NULL && !e->limited);
     fcas_epoch_refresh(e);
     flush_counters(e);
     return (e->parked_head ? FCAS_ENGINE_PARKED : 0u) | (e->n_events ? FCAS_ENGINE_EVENTS : 0u) |
@@ -209,6 +209,8 @@ unsigned fcas_engine_run(fcas_engine *e, unsigned max_events, int64_t now_ns)
             uint64_t tag = e->batch[i].data.u64;
             if (tag == LISTENER_TAG)
                 accept_some(e);
+            else if (tag == FCAS_LIMIT_TAG)
+                fcas_limit_refilled(e);
             else if (tag != KICK_TAG)
                 client_event(e, tag, e->batch[i].events);
         }
@@ -417,7 +419,7 @@ static fcas_status open_engine(fcas_engine *e)
     struct epoll_event event = {.events = EPOLLIN, .data.u64 = KICK_TAG};
     if (epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->kick, &event) != 0)
         return FCAS_E_SYS;
-    return FCAS_OK;
+    return fcas_limit_init(e);
 }
 
 fcas_status fcas_engine_create(fcas_engine **out, const fcas_engine_config *config, int64_t now_ns)
@@ -430,7 +432,7 @@ fcas_status fcas_engine_create(fcas_engine **out, const fcas_engine_config *conf
     if (!e)
         return FCAS_E_NOMEM;
     e->config = *config;
-    e->epfd = e->kick = e->spare = -1;
+    e->epfd = e->kick = e->spare = e->refill = -1;
     e->now_ns = now_ns;
     e->timers[TIMER_HEADER].after_ns = config->header_ns;
     e->timers[TIMER_IDLE].after_ns = config->idle_ns;
@@ -476,6 +478,7 @@ void fcas_engine_destroy(fcas_engine *e)
         close(e->kick);
     if (e->spare >= 0)
         close(e->spare);
+    fcas_limit_destroy(e);
     free(e->input);
     free(e->scratch);
     free(e->events);

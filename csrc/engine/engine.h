@@ -33,6 +33,7 @@ typedef struct {
     int64_t  stall_ns;         /* sending without progress */
     int64_t  rate_window_ns;   /* minimum rate is averaged over this */
     uint32_t min_rate;         /* bytes per second, 0 = none */
+    uint64_t max_upload;       /* of all bodies together, bytes per second, 0 = no limit */
     int64_t  accept_pause_ns;  /* after EMFILE */
     fcas_counter_slot *counters; /* NULL = none */
 } fcas_engine_config;

@@ -17,6 +17,7 @@
 #define FCAS_TURN_REQUESTS 32u               /* answered for one connection, likewise */
 #define FCAS_HASHES_AHEAD 64u                /* chunk hashes read from a manifest at once */
 #define FCAS_EVENTS_MAX   512u
+#define FCAS_LIMIT_TAG    (UINT64_MAX - 2)   /* epoll tag of the upload limit's timer */
 #define FCAS_BATCH        256
 
 typedef struct fcas_conn fcas_conn;
@@ -125,6 +126,11 @@ struct fcas_engine {
     int64_t  date_s;
     char     date[40];      /* "Date: ...\r\n" */
     size_t   date_len;
+    /* upload limit (limit.c) */
+    int      refill;        /* timerfd, -1 without a limit */
+    int      limited;       /* the ready list waits for it */
+    double   upload_tokens;
+    int64_t  upload_at_ns;
     /* table and epochs (epoch.c) */
     fcas_table table;
     int      has_table;
@@ -196,6 +202,18 @@ const uint8_t *fcas_cache_map(fcas_cached *b);
 void fcas_cache_withdraw(fcas_engine *e, fcas_cached *b, fcas_withdraw_reason reason);
 /* Close blobs that the table does not list any more. */
 void fcas_cache_sweep(fcas_engine *e);
+
+/* ---- limit.c ---- */
+fcas_status fcas_limit_init(fcas_engine *e);
+void fcas_limit_destroy(fcas_engine *e);
+/* Body bytes that may be sent now; UINT64_MAX without a limit. */
+uint64_t fcas_limit_allowance(fcas_engine *e);
+/* n of them were sent. */
+void fcas_limit_spend(fcas_engine *e, uint64_t n);
+/* Nothing may be sent: have the ready list wait for the timer. */
+void fcas_limit_wait(fcas_engine *e);
+/* The timer fired. */
+void fcas_limit_refilled(fcas_engine *e);
 
 /* ---- send.c ---- */
 typedef enum { SEND_DONE = 0, SEND_BLOCKED, SEND_YIELD, SEND_FAILED } fcas_send_result;

@@ -91,9 +91,19 @@ fcas_send_result fcas_send(fcas_engine *e, fcas_conn *c, uint64_t *turn)
         if (*turn == 0)
             return keep_memory(c) == 0 ? SEND_YIELD : SEND_FAILED;
         uint64_t body_before = c->body_left;
-        ssize_t  n = write_some(c, *turn);
+        uint64_t part = *turn;
+        if (body_before) {
+            uint64_t allowed = fcas_limit_allowance(e);
+            if (allowed == 0) {
+                fcas_limit_wait(e);
+                return keep_memory(c) == 0 ? SEND_YIELD : SEND_FAILED;
+            }
+            part = allowed < part ? allowed : part;
+        }
+        ssize_t n = write_some(c, part);
         if (n > 0) {
             c->sent += (uint64_t)n;
+            fcas_limit_spend(e, body_before - c->body_left);
             fcas_engine_count(e, FCAS_CTR_BYTES_SENT, body_before - c->body_left);
             *turn -= (uint64_t)n < *turn ? (uint64_t)n : *turn;
             continue;

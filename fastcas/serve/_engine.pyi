@@ -70,6 +70,7 @@ class Engine:
         idle_s: float = ...,
         stall_s: float = ...,
         min_rate_Bps: int = ...,
+        max_upload_Bps: int = ...,
         min_rate_window_s: float = ...,
         accept_pause_s: float = ...,
         max_events: int = ...,
@@ -91,6 +92,7 @@ class Engine:
             stall_s: Sending without progress.
             min_rate_Bps: Averaged over min_rate_window_s; slower connections are reset. 0 = none.
             min_rate_window_s: See above.
+            max_upload_Bps: Limit of all bodies together, bytes per second; 0 = none.
             accept_pause_s: After running out of file descriptors.
             max_events: Socket events that one `run` handles, about.
         Raises:

@@ -58,6 +58,7 @@ cdef extern from "engine/engine.h" nogil:
         int64_t stall_ns
         int64_t rate_window_ns
         uint32_t min_rate
+        uint64_t max_upload
         int64_t accept_pause_ns
         fcas_counter_slot *counters
     ctypedef struct fcas_parked:
@@ -160,6 +161,7 @@ cdef class Engine:
         double idle_s=limits.IDLE_S,
         double stall_s=limits.STALL_S,
         uint32_t min_rate_Bps=limits.MIN_RATE_BPS,
+        uint64_t max_upload_Bps=0,
         double min_rate_window_s=limits.MIN_RATE_WINDOW_S,
         double accept_pause_s=limits.ACCEPT_PAUSE_S,
         unsigned max_events=limits.EVENTS_PER_RUN,
@@ -190,6 +192,7 @@ cdef class Engine:
         config.stall_ns = <int64_t>(stall_s * 1e9)
         config.rate_window_ns = <int64_t>(min_rate_window_s * 1e9)
         config.min_rate = min_rate_Bps
+        config.max_upload = max_upload_Bps
         config.accept_pause_ns = <int64_t>(accept_pause_s * 1e9)
         status = fcas_engine_create(&self._e, &config, now())
         if status == FCAS_E_SYS:

@@ -138,6 +138,7 @@ class Worker:
             counters_fd=counters,
             counter_slot=self._slot,
             send_path=config.get("send_path", "auto"),
+            max_upload_Bps=-(-int(config.get("max_upload") or 0) // max(1, int(message["workers"]))),
             max_connections=_connections_max(),
         )
         self._engine = engine
