@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 WAIT_TICK_S = 0.25
 DISCOVERY_WANT = 50
 DISCOVERY_PAUSE_S = 3.0
+CALLERS_PAUSE_S = 0.5
 DISCOVERY_DEADLINE_S = 10.0
 PEERS_MAX = 100
 CLAIM_S = 1.0  # how long one peer may be the only one asked for the manifest
@@ -81,6 +82,8 @@ class Crowd:
             self._begin_named(addr, "link")
         if self.settings.discovery is not None:
             self._tasks.spawn(self._discover(self.settings.discovery))
+        if self.settings.callers is not None:
+            self._tasks.spawn(self._hear_callers(self.settings.callers))
 
     def _begin_named(self, addr: PeerAddr, source: Source) -> None:
         """A peer that the user named: host names are resolved, addresses are not filtered."""
@@ -124,6 +127,13 @@ class Crowd:
             except (FastCASError, TimeoutError) as exc:
                 log.debug("discovery failed backend=%s error=%s", discovery.name, exc)
             await asyncio.sleep(DISCOVERY_PAUSE_S)
+
+    async def _hear_callers(self, callers: Callable[[bytes], Iterable[tuple[str, str, int]]]) -> None:
+        """Whoever asks our own node for the file takes part in its swarm: ask back."""
+        while True:
+            for node_id, ip, port in callers(self.file_hash):
+                self._add(PeerAddr(ip, port), "discovery", node_id)
+            await asyncio.sleep(CALLERS_PAUSE_S)
 
     # --- the manifest ---
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -94,6 +94,7 @@ class Settings:
     force: bool = False
     raw: bool = False
     folder: Path | None = None
+    callers: Callable[[bytes], Iterable[tuple[str, str, int]]] | None = None
 
 
 async def download(
@@ -113,6 +114,7 @@ async def download(
     force: bool = False,
     raw: bool = False,
     folder: Path | None = None,
+    callers: Callable[[bytes], Iterable[tuple[str, str, int]]] | None = None,
 ) -> DownloadResult:
     """Fetch a file from everybody who has it, prove it, and put it at its place.
 
@@ -129,6 +131,7 @@ async def download(
         trust_resume: Do not hash again what the journal lists (of the same boot).
         force: Replace a destination with other content.
         raw: A collection is an ordinary file.
+        callers: Returns [(node_id, ip, port)] of those who asked our own workers for a file: they may have part of it.
     Returns:
         The result; for a collection, of the folder.
     Raises:
@@ -141,10 +144,7 @@ async def download(
     """
     settings = Settings(
         discovery, tuple(peers), local, node_id, data_port, timeout_s, stall_timeout_s, hooks, progress,
-        trust_resume,
-        force,
-        raw,
-        folder,
+        trust_resume, force, raw, folder, callers,
     )  # fmt: skip
     from fastcas.fetch.filefetch import FileFetch
     from fastcas.fetch.receiver import AsyncReceiver

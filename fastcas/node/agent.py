@@ -197,7 +197,7 @@ class Agent:
         self.downloads = Downloads(
             store=self.store, thread=self.thread, publisher=self.publisher, publish=self.publish,
             announcer=self.announcer, node_id=self.node_id, data_port=self.data_port,
-            discovery=lambda: self._dht, named_peers=self.config.static_peers(),
+            discovery=lambda: self._dht, callers=self.swarmbook.peers_of, named_peers=self.config.static_peers(),
         )  # fmt: skip
         handler = RequestHandler(self)
         self.operations = Operations(

@@ -108,6 +108,7 @@ class Downloads:
         node_id: Ours, 40 hex digits.
         data_port: Returns our TCP port, None while nothing is served.
         discovery: Returns where to ask for peers, None where there are only the named ones.
+        callers: Returns [(node_id, ip, port)] of those who asked our workers for a file.
         named_peers: That the user named, to be asked for every file.
     """
 
@@ -122,6 +123,7 @@ class Downloads:
         node_id: str,
         data_port: Callable[[], int | None],
         discovery: Callable[[], Discovery | None],
+        callers: Callable[[bytes], list[tuple[str, str, int]]],
         named_peers: Sequence[PeerAddr] = (),
     ) -> None:
         self._store = store
@@ -132,6 +134,7 @@ class Downloads:
         self._node_id = node_id
         self._data_port = data_port
         self._discovery = discovery
+        self._callers = callers
         self._named_peers = tuple(named_peers)
         self._tasks: set[asyncio.Future[None]] = set()
         self._numbers = itertools.count(1)
@@ -196,6 +199,7 @@ class Downloads:
                 link, out, discovery=self._discovery(), peers=[*peers, *self._named_peers], local=local,
                 node_id=self._node_id, data_port=self._data_port(), timeout_s=timeout_s, hooks=seeding,
                 progress=progress, raw=raw, force=force, folder=folder,
+                callers=self._callers,
             )  # fmt: skip
             registering = [
                 asyncio.ensure_future(self._register(path, manifest, path.name))

@@ -96,7 +96,7 @@ class SwarmService:
         self._waiting: dict[int, _Waiting] = {}
         self._poll: asyncio.TimerHandle | None = None
         self._claims: dict[int, tuple[bytes, int]] = {}
-        self._callers: dict[tuple[str, bytes], float] = {}
+        self._callers: dict[tuple[str, int, bytes], float] = {}
         self._complete: dict[bytes, tuple[float, _State]] = {}
         self._closed = False
         self.n_given = 0
@@ -377,7 +377,7 @@ class SwarmService:
 
     def _report_caller(self, file_hash: bytes, node_id: str, port: int, ip: str) -> None:
         now = self._clock()
-        key = (ip, file_hash)
+        key = (ip, port, file_hash)
         last = self._callers.get(key)
         if last is not None and now - last < PEER_REPORT_S:
             return
