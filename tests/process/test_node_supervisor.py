@@ -259,3 +259,17 @@ def test_killed_in_the_middle_of_everything_the_node_starts_again(tmp_path: Path
     with start_node(tmp_path / "storage") as again:
         assert fetch(again, f"/files/{file_hash}") == (200, content)
         assert run_fastcas("verify", "--storage-dir", str(again.storage)).returncode == 0
+
+
+def test_upload_limit_holds_bodies_back_and_nothing_else(tmp_path: Path) -> None:
+    with start_node(tmp_path / "storage", "--max-upload", "256K") as node:
+        file_hash, content = stored(node, tmp_path, 4 << 20)
+        with socket.create_connection((node.host, node.port), timeout=30) as sock:
+            sock.sendall(f"GET /files/{file_hash} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            got = sock.recv(1 << 16)
+            assert got.startswith(b"HTTP/1.1 200 ")
+            # Sixteen seconds of sending lie ahead; what is no body goes at once.
+            assert fetch(node, "/health")[0] == 200
+            admin = json.loads(run_fastcas("status", "--json", "--storage-dir", str(node.storage)).stdout)
+            assert 0 < admin["workers"][0]["counters"]["bytes_sent"] < len(content)
+            assert admin["workers"][0]["counters"]["active"] == 1
