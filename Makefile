@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc fastcas -name '*.c' -o -name '*.h' -o -name '*.pyx'
 C_FILES := $(shell find csrc -name '*.c')
 C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
-.PHONY: demo test bench bench-kernels lint build tools bench-tools clean
+.PHONY: demo test fuzz bench bench-kernels lint build tools bench-tools clean
 
 build: $(STAMP)
 
@@ -30,6 +30,11 @@ bench-tools: build
 
 test: build tools
 	$(PY) -m pytest -q
+
+# The hostile-traffic harnesses for FUZZ_S seconds each, with new seeds.
+FUZZ_S ?= 60
+fuzz: build
+	FASTCAS_FUZZ_S=$(FUZZ_S) FASTCAS_TEST_SEED=$$(date +%s) $(PY) -m pytest -q tests/native
 
 bench: bench-tools
 	$(PY) -m bench.fetch
