@@ -41,6 +41,7 @@ SLOW_BPS = 4 * limits.KIB
 SLOW_WINDOW_S = 30.0
 PARITY_AFTER_S = 1.0  # nobody has had a data chunk for so long: parity is asked for
 REPORTS = 20  # of progress per file at least, however fast it comes
+CUTS_MAX = 3  # answers cut short in a row before the peer is banned
 QUIET_S = 1.0  # after so long without a byte, progress says what is waited for
 COLLECTION_LINE = b"fastcas-collection 1\n"
 
@@ -312,6 +313,7 @@ class _Filling:
             verdict = judge(answer.flags, is_data=index < manifest.n_chunks)
             if verdict is Verdict.RIGHT:
                 remote.n_bytes += answer.length
+                remote.n_cut = 0
                 scheduler.completed(key, index, now, answer.length, answer.connect_us / 1e6)
                 self._chunk_here(index)
                 return
@@ -339,7 +341,10 @@ class _Filling:
             self.fail(storage_error(error, str(self._part.path), "the part file is kept and can be resumed"))
         else:
             remote.did = f"{self._subject(index)}: {describe(answer)}"
-            scheduler.failed(key, index, now)
+            if scheduler.failed(key, index, now) and outcome in (Outcome.TRUNCATED, Outcome.STALLED):
+                remote.n_cut += 1  # its bytes would count as progress for ever
+                if remote.n_cut == CUTS_MAX:
+                    self._crowd.ban(remote, f"{remote.did}, for the {CUTS_MAX}rd time in a row")
 
     def _subject(self, index: int | None) -> str:
         return "next chunk" if index is None else f"chunk {short(self.manifest.hash_of(index))}"

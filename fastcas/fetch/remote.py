@@ -77,7 +77,8 @@ class _Line:
 
 @dataclass(eq=False)
 class Remote:
-    """One peer. `did` is what it did last, in words, for the error that names everybody."""
+    """One peer. `did` is what it did last, in words, for the error that names everybody; `n_cut` counts answers that it
+    cut short since its last right chunk."""
 
     addr: PeerAddr
     source: Source
@@ -91,6 +92,7 @@ class Remote:
     offered: tuple[bytes, ...] = ()
     banned: str | None = None
     n_bytes: int = 0
+    n_cut: int = 0
     generation: int | None = None
     have: int = 0
     is_seed: bool = False

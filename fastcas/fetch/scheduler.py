@@ -279,10 +279,16 @@ class Scheduler:
         else:
             self._release(peer, index)
 
-    def failed(self, key: Hashable, index: int | None, now: float) -> None:
-        """A request failed at the network: the peer rests, longer each time."""
+    def failed(self, key: Hashable, index: int | None, now: float) -> bool:
+        """A request failed at the network: the peer rests, longer each time.
+
+        Returns:
+            Whether this is a new failure, not one more request that went down with those before.
+        """
         self.lost(key, index)
+        is_new = self.peers[key].rest_until <= now
         self.rest(key, now)
+        return is_new
 
     def rest(self, key: Hashable, now: float) -> float:
         """Let a peer rest after a network failure; returns until when."""

@@ -86,6 +86,18 @@ def test_evil_peer_alone_is_named_and_nothing_is_published(tmp_path: Path, fast:
         assert piece in (bytes(len(piece)), CONTENT[at : at + 16384])
 
 
+@pytest.mark.parametrize(("behaviour", "what"), [("close_early", "closed the connection"), ("stall", "stalled after")])
+def test_peer_that_always_cuts_short_is_given_up_although_bytes_arrive(
+    tmp_path: Path, fast: None, behaviour: str, what: str
+) -> None:
+    async def work() -> None:
+        async with Peer(CONTENT, behaviour=behaviour) as evil:
+            with pytest.raises(ChunkNotFound, match=f"{evil.addr}: chunk [0-9a-f]+: {what}.*3rd time in a row"):
+                await get(evil.link(), tmp_path / "out")
+
+    run(work)
+
+
 def test_nine_evil_of_ten_completes(tmp_path: Path, fast: None) -> None:
     out = tmp_path / "out"
 
