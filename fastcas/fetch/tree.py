@@ -1,8 +1,8 @@
 """A collection: its content is fetched like any file, then the files that it lists, into one folder.
 
 The tree is built in `NAME.fastcas-tree` (mode 0700, ours alone) beside the destination, and renamed when it is whole;
-an interrupted one is continued. Names were checked by the decoder; folders are made component by component below an
-open descriptor, without following links.
+an interrupted one is continued. Files arrive there under names of ours. Names of the collection were checked by the
+decoder; they are only used below an open descriptor, component by component, without following links.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastcas.fetch.partfile import storage_error
 from fastcas.ids import Link, escape_for_terminal, short
 from fastcas.limits import COLLECTION_SIZE_MAX
 from fastcas.metadata import Manifest
-from fastcas.store.beneath import make_dirs_beneath, open_beneath
+from fastcas.store.beneath import beneath, make_dirs_beneath, open_beneath
 from fastcas.store.collection import Collection, FileEntry
 
 __all__ = ["fetch_tree"]
@@ -107,16 +107,16 @@ class _Tree:
     async def run(self) -> DownloadResult:
         await asyncio.to_thread(self._prepare)
         collection = self._collection
-        for entry in collection.files:
-            await self._file(Link(entry.file_hash, entry.manifest_hash), self._tree / entry.path, counts=True)
+        for number, entry in enumerate(collection.files):
+            await self._file(Link(entry.file_hash, entry.manifest_hash), self._work / f"file-{number}", counts=True)
         for number, pack in enumerate(collection.packs):
             await self._file(Link(pack.file_hash, pack.manifest_hash), self._work / f"pack-{number}", counts=False)
         await asyncio.to_thread(self._place)
         if self._hooks is not None and self._fetch.settings.hooks is not None:
-            packs = {self._work / f"pack-{number}" for number in range(len(collection.packs))}
+            paths = {self._work / f"file-{number}": entry.path for number, entry in enumerate(collection.files)}
             for path, manifest, proven in self._hooks.finished:
-                if path not in packs:
-                    self._fetch.settings.hooks.on_finished(self._out / path.relative_to(self._tree), manifest, proven)
+                if path in paths:
+                    self._fetch.settings.hooks.on_finished(self._out / paths[path], manifest, proven)
         self._result.seconds = time.monotonic() - self._started
         return self._result
 
@@ -156,14 +156,20 @@ class _Tree:
             for folder in (self._work, self._tree):
                 with suppress(FileExistsError):
                     folder.mkdir(mode=0o700)
-                if not stat.S_ISDIR(folder.lstat().st_mode):
+                status = folder.lstat()
+                if not stat.S_ISDIR(status.st_mode):
                     raise DestinationExists(f"{folder}: exists and is no folder; it was left alone")
+                if status.st_uid != os.geteuid():  # who could lead us elsewhere with links
+                    raise DestinationExists(f"{folder}: belongs to somebody else; it was left alone")
             fd = os.open(self._tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as exc:
             raise storage_error(exc, str(self._work), "nothing was fetched") from exc
         try:
             for path in self._collection.dirs:
                 make_dirs_beneath(fd, path)
+            for number, entry in enumerate(self._collection.files):  # an interrupted attempt had placed it already
+                with suppress(FileNotFoundError), beneath(fd, entry.path) as (folder_fd, name):
+                    os.rename(name, self._work / f"file-{number}", src_dir_fd=folder_fd)
         finally:
             os.close(fd)
 
@@ -172,7 +178,9 @@ class _Tree:
         fd = os.open(self._tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             self._unpack(fd)
-            for entry in self._collection.files:
+            for number, entry in enumerate(self._collection.files):
+                with beneath(fd, entry.path) as (folder_fd, name):
+                    os.rename(self._work / f"file-{number}", name, dst_dir_fd=folder_fd)
                 _set_mode(fd, entry)
             os.fchmod(fd, 0o755)
         except OSError as exc:
