@@ -193,7 +193,9 @@ class _Connection:
 
     def _readable(self) -> None:
         try:
-            data, ancillary, flags, _ = self._sock.recvmsg(READ_SIZE, socket.CMSG_SPACE(4 * FDS_MAX))
+            data, ancillary, flags, _ = self._sock.recvmsg(
+                READ_SIZE, socket.CMSG_SPACE(4 * FDS_MAX), socket.MSG_CMSG_CLOEXEC
+            )
         except (BlockingIOError, InterruptedError):
             return
         except OSError:

@@ -96,7 +96,7 @@ class FrameReader:
             del self._buffer[: _LENGTH.size + length]
             try:
                 message = msgpack.unpackb(body, strict_map_key=False)
-            except (ValueError, msgpack.UnpackException) as exc:
+            except (ValueError, TypeError, msgpack.UnpackException) as exc:  # TypeError: a list or map as a key
                 raise LocalProtocolError("control message: not msgpack") from exc
             if not isinstance(message, dict):
                 raise LocalProtocolError("control message: not a map")
