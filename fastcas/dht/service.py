@@ -81,7 +81,7 @@ class DhtService:
         for raw in messages:
             try:
                 request = msgpack.unpackb(raw, strict_map_key=False)
-            except (ValueError, msgpack.UnpackException):
+            except (ValueError, TypeError, msgpack.UnpackException):
                 request = None
             if not isinstance(request, dict) or not isinstance(request.get("id"), int):
                 self._server.protocol.counters["bad_ring_requests"] += 1

@@ -215,7 +215,7 @@ class RingDiscovery:
         for raw in messages:
             try:
                 answer = msgpack.unpackb(raw, strict_map_key=False)
-            except (ValueError, msgpack.UnpackException):
+            except (ValueError, TypeError, msgpack.UnpackException):
                 answer = None
             if not isinstance(answer, dict) or not isinstance(answer.get("id"), int):
                 self.dropped_answers += 1
