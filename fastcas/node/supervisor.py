@@ -467,8 +467,12 @@ class Supervisor:
         if len(seat.early_deaths) == CRASHES_REPORTED and now - seat.early_deaths[0] <= CRASH_WINDOW_S:
             log.error("worker does not start deaths=%d window_s=%d", CRASHES_REPORTED, CRASH_WINDOW_S)
             seat.early_deaths.clear()
+            error = LocalProtocolError(f"worker: died {CRASHES_REPORTED} times before it served")
+            for request, child in self._pending_starts.items():
+                child.send({"op": "reply", "id": request, "ok": False, **wire.error_to_map(error)})
+            self._pending_starts.clear()
             if not self._is_announced:
-                self._stop(LocalProtocolError(f"worker: died {CRASHES_REPORTED} times before it served"))
+                self._stop(error)
 
     def _restart(self, back_off: BackOff, served: bool, start: Callable[[], object]) -> None:
         delay_s = back_off.after_exit(served=served)
