@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -19,12 +20,15 @@ from fastcas.errors import CatalogCorrupt, StoreError
 from fastcas.store.blobs import check_index, open_for_change
 from fastcas.store.catalog import GROWING, LINKED, MANIFEST, OWNED, BlobRow
 from fastcas.store.core import Core
-from fastcas.store.paths import BLOB_DIR, os_errors, punch_hole
+from fastcas.store.paths import BLOB_DIR, is_held, os_errors, punch_hole
 from fastcas.store.types import GcReport, StoreListener
 
 __all__ = ["drop_extents", "forget_growing", "gc", "load", "remove", "renumber", "withdraw"]
 
 log = logging.getLogger(__name__)
+
+HELD_S = 2.0  # one gc waits at most so long for pages that somebody holds
+HELD_POLL_S = 0.02
 
 
 def load(core: Core, listener: StoreListener) -> None:
@@ -324,8 +328,13 @@ def _mark(core: Core) -> None:
 
 
 def _punch(core: Core, report: GcReport) -> None:
-    """Give back the ranges that are due in blobs that live on."""
+    """Give back the ranges that are due in blobs that live on.
+
+    What has left a worker may still be in a socket's queue: that is waited for, but not for ever (a mapping looks the
+    same, and a client may never read; its own hash tells it then).
+    """
     catalog = core.catalog
+    deadline = time.monotonic() + HELD_S
     for (number,) in catalog.query("SELECT DISTINCT blob FROM garbage"):
         blob = catalog.blob(number)
         ranges = _merged(catalog.query("SELECT offset, length FROM garbage WHERE blob=? ORDER BY offset", (number,)))
@@ -335,6 +344,8 @@ def _punch(core: Core, report: GcReport) -> None:
             try:
                 with os_errors(core.folder.path(name), "punching a hole"):
                     for offset, length in ranges:
+                        while is_held(fd, offset, length) and time.monotonic() < deadline:
+                            time.sleep(HELD_POLL_S)
                         if punch_hole(fd, offset, length):
                             report.holes_punched += 1
                             report.bytes_freed += length
