@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc fastcas -name '*.c' -o -name '*.h' -o -name '*.pyx'
 C_FILES := $(shell find csrc -name '*.c')
 C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
-.PHONY: demo test fuzz bench bench-kernels lint build tools bench-tools clean
+.PHONY: demo test fuzz kill-workers bench bench-kernels lint build tools bench-tools clean
 
 build: $(STAMP)
 
@@ -31,10 +31,18 @@ bench-tools: build
 test: build tools
 	$(PY) -m pytest -q
 
-# The hostile-traffic harnesses for FUZZ_S seconds each, with new seeds.
+# The hostile-traffic harnesses for FUZZ_S seconds each with new seeds, then libFuzzer for FUZZ_SECONDS per target.
 FUZZ_S ?= 60
+FUZZ_SECONDS ?= 3600
 fuzz: build
 	FASTCAS_FUZZ_S=$(FUZZ_S) FASTCAS_TEST_SEED=$$(date +%s) $(PY) -m pytest -q tests/native
+	tests/support/install_tools.sh fuzz
+	FUZZ_SECONDS=$(FUZZ_SECONDS) tests/fuzz/run.sh
+
+# 500 worker kills under 200 downloading connections
+kill-workers: build
+	FASTCAS_WORKER_KILLS=500 FASTCAS_KILL_CLIENTS=200 $(PY) -m pytest -q -s --timeout 1800 \
+	    tests/faults/test_serve_kills.py -k kills
 
 bench: bench-tools
 	$(PY) -m bench.fetch
