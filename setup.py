@@ -49,7 +49,10 @@ EXTENSIONS = [
     ext("fastcas.hashing._sha256", ["common/*.c", "sha256/*.c"]),
     ext("fastcas.parity._gf256", ["common/*.c", "gf256/*.c"]),
     ext("fastcas.table._table", ["table/table.c", "table/blobs.c"]),
-    ext("fastcas.table._shared", ["table/ring.c", "table/havelog.c", "table/given.c", "table/counters.c"]),
+    ext(
+        "fastcas.table._shared",
+        ["table/ring.c", "table/havelog.c", "table/given.c", "table/bucket.c", "table/counters.c"],
+    ),
     ext("fastcas.serve._engine", ["http/*.c", "engine/*.c", "table/*.c"]),
     ext("fastcas.fetch._receiver", ["common/*.c", "sha256/*.c", "receiver/*.c"]),
 ]

@@ -36,6 +36,7 @@ MIN_RATE_WINDOW_S = 60.0
 IDLE_S = 60.0  # keep-alive
 CONNECTIONS_PER_WORKER = 16_384
 CONNECTIONS_PER_SOURCE = 64  # not for loopback and own prefixes
+PER_SOURCE_MIN = 16  # of them per worker at least, because they do not spread evenly
 RESERVED_FDS = 64
 LISTEN_BACKLOG = 1024
 SWARM_WAIT_MS_MAX = 5000

@@ -143,6 +143,8 @@ void fcas_conn_close(fcas_engine *e, fcas_conn *c, int reset)
     }
     fcas_timer_set(e, c, TIMER_NONE);
     fcas_conn_free_input(e, c);
+    fcas_limit_leave(e, c);
+    fcas_source_leave(e, c);
     if (reset) {
         struct linger now = {.l_onoff = 1, .l_linger = 0};
         setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
@@ -249,15 +251,6 @@ static int receive(fcas_conn *c, input *in)
     return 1;
 }
 
-/* Start the progress check of a response that did not go out at once. */
-static void watch_send(fcas_engine *e, fcas_conn *c)
-{
-    if (c->timer == TIMER_SEND)
-        return;
-    c->window_ns = 0; /* the first check takes the baseline */
-    fcas_timer_set(e, c, TIMER_SEND);
-}
-
 /* SENDING: 1 = the response is done and another request may follow, 0 = blocked, -1 = c is closed or lingers. */
 static int send_on(fcas_engine *e, fcas_conn *c, uint64_t *turn)
 {
@@ -273,10 +266,11 @@ static int send_on(fcas_engine *e, fcas_conn *c, uint64_t *turn)
         fcas_http_init(&c->req);
         return 1;
     case SEND_BLOCKED:
-        watch_send(e, c);
+    case SEND_LIMITED:
+        fcas_timer_watch_send(e, c);
         return 0;
     case SEND_YIELD:
-        watch_send(e, c);
+        fcas_timer_watch_send(e, c);
         fcas_conn_make_ready(e, c);
         return 0;
     default:

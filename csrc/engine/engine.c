@@ -8,7 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/random.h>
 #include <sys/socket.h>
+#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -78,14 +80,15 @@ static void accept_without_fds(fcas_engine *e)
     pause_accept(e);
 }
 
+/* One answer to a connection that will be closed; what it has sent is read away, so that closing does not destroy it. */
 static void refuse(fcas_engine *e, int fd)
 {
     static const char FULL[] = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n"
                                "Retry-After: 1\r\nConnection: close\r\n\r\nbusy\n";
-    fcas_engine_count(e, FCAS_CTR_EVICT_CAP, 1);
     if (send(fd, FULL, sizeof FULL - 1, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0)
         shutdown(fd, SHUT_WR);
-    close(fd);
+    ssize_t n = recv(fd, e->input, FCAS_INPUT_SIZE, MSG_DONTWAIT);
+    (void)n;
 }
 
 static void accept_some(fcas_engine *e)
@@ -105,10 +108,18 @@ static void accept_some(fcas_engine *e)
         }
         fcas_conn *c = e->n_conns < e->config.max_connections ? fcas_conn_new(e, fd) : NULL;
         if (!c) {
+            fcas_engine_count(e, FCAS_CTR_EVICT_CAP, 1);
             refuse(e, fd);
+            close(fd);
             continue;
         }
         set_source(c, &from);
+        if (fcas_source_enter(e, c) != 0) {
+            fcas_engine_count(e, FCAS_CTR_EVICT_SOURCE, 1);
+            refuse(e, fd);
+            fcas_conn_close(e, c, 0);
+            continue;
+        }
         if (!c->local && e->congestion_len)
             setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, e->congestion, e->congestion_len);
         struct epoll_event event = {.events = CLIENT_EVENTS, .data.u64 = (uint64_t)c->birth << 32 | c->index};
@@ -154,6 +165,12 @@ static void run_ready(fcas_engine *e)
     }
 }
 
+/* Whether the next run has something to do even if no socket has. */
+static int has_work(const fcas_engine *e)
+{
+    return e->ready_head || (e->ring_head && !e->limit_sleeps);
+}
+
 /* The kick keeps the epoll fd readable while somebody waits for a turn. */
 static void set_kick(fcas_engine *e, int wanted)
 {
@@ -168,7 +185,7 @@ static void set_kick(fcas_engine *e, int wanted)
 
 void fcas_engine_kick(fcas_engine *e)
 {
-    if ((e->ready_head && !e->limited) || e->parked_head || e->n_events)
+    if (has_work(e) || e->parked_head || e->n_events)
         set_kick(e, 1);
 }
 
@@ -189,7 +206,7 @@ static void flush_counters(fcas_engine *e)
 
 static unsigned finish_turn(fcas_engine *e)
 {
-    set_kick(e, e->ready_head != NULL && !e->limited);
+    set_kick(e, has_work(e));
     fcas_epoch_refresh(e);
     flush_counters(e);
     return (e->parked_head ? FCAS_ENGINE_PARKED : 0u) | (e->n_events ? FCAS_ENGINE_EVENTS : 0u) |
@@ -209,11 +226,13 @@ unsigned fcas_engine_run(fcas_engine *e, unsigned max_events, int64_t now_ns)
             uint64_t tag = e->batch[i].data.u64;
             if (tag == LISTENER_TAG)
                 accept_some(e);
-            else if (tag == FCAS_LIMIT_TAG)
-                fcas_limit_refilled(e);
+            else if (tag == FCAS_WAKE_TAG)
+                fcas_wake_fired(e);
             else if (tag != KICK_TAG)
                 client_event(e, tag, e->batch[i].events);
         }
+        if (e->ring_head)
+            fcas_limit_run(e);
         done += n > 0 ? (unsigned)n : 0;
     } while (n > 0 && done < max_events && !e->parked_head);
     return finish_turn(e);
@@ -405,9 +424,10 @@ static fcas_status open_engine(fcas_engine *e)
         return FCAS_E_NOMEM;
     e->epfd = epoll_create1(EPOLL_CLOEXEC);
     e->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    e->wake = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
     e->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
     int flags = fcntl(e->config.listener, F_GETFL);
-    if (e->epfd < 0 || e->kick < 0 || e->spare < 0 || flags < 0 ||
+    if (e->epfd < 0 || e->kick < 0 || e->wake < 0 || e->spare < 0 || flags < 0 ||
         fcntl(e->config.listener, F_SETFL, flags | O_NONBLOCK) != 0)
         return FCAS_E_SYS;
     /* accepted sockets inherit both */
@@ -416,10 +436,14 @@ static fcas_status open_engine(fcas_engine *e)
     setsockopt(e->config.listener, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     setsockopt(e->config.listener, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout_ms, sizeof timeout_ms);
     set_congestion_control(e);
-    struct epoll_event event = {.events = EPOLLIN, .data.u64 = KICK_TAG};
-    if (epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->kick, &event) != 0)
+    if (getrandom(e->source_secret, sizeof e->source_secret, 0) != (ssize_t)sizeof e->source_secret)
         return FCAS_E_SYS;
-    return fcas_limit_init(e);
+    struct epoll_event event = {.events = EPOLLIN, .data.u64 = KICK_TAG};
+    struct epoll_event wake = {.events = EPOLLIN, .data.u64 = FCAS_WAKE_TAG};
+    if (epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->kick, &event) != 0 ||
+        epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->wake, &wake) != 0)
+        return FCAS_E_SYS;
+    return FCAS_OK;
 }
 
 fcas_status fcas_engine_create(fcas_engine **out, const fcas_engine_config *config, int64_t now_ns)
@@ -432,7 +456,7 @@ fcas_status fcas_engine_create(fcas_engine **out, const fcas_engine_config *conf
     if (!e)
         return FCAS_E_NOMEM;
     e->config = *config;
-    e->epfd = e->kick = e->spare = e->refill = -1;
+    e->epfd = e->kick = e->wake = e->spare = -1;
     e->now_ns = now_ns;
     e->timers[TIMER_HEADER].after_ns = config->header_ns;
     e->timers[TIMER_IDLE].after_ns = config->idle_ns;
@@ -478,7 +502,9 @@ void fcas_engine_destroy(fcas_engine *e)
         close(e->kick);
     if (e->spare >= 0)
         close(e->spare);
-    fcas_limit_destroy(e);
+    if (e->wake >= 0)
+        close(e->wake);
+    free(e->sources);
     free(e->input);
     free(e->scratch);
     free(e->events);

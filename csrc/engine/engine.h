@@ -14,12 +14,19 @@
 #include <stdint.h>
 
 #include "common/status.h"
+#include "table/bucket.h"
 #include "table/counters.h"
 #include "table/table.h"
 
 typedef struct fcas_engine fcas_engine;
 
 typedef enum { FCAS_SEND_AUTO = 0, FCAS_SEND_SENDFILE = 1, FCAS_SEND_COPY = 2 } fcas_send_path;
+
+/* Addresses that begin with these bits; IPv4 as ::ffff:a.b.c.d, so that bits counts 96 more. */
+typedef struct {
+    uint8_t  ip[16];
+    uint32_t bits; /* 0..128 */
+} fcas_prefix;
 
 typedef struct {
     int      listener;         /* listening TCP socket; made non-blocking; stays the caller's */
@@ -33,7 +40,10 @@ typedef struct {
     int64_t  stall_ns;         /* sending without progress */
     int64_t  rate_window_ns;   /* minimum rate is averaged over this */
     uint32_t min_rate;         /* bytes per second, 0 = none */
-    uint64_t max_upload;       /* of all bodies together, bytes per second, 0 = no limit */
+    fcas_bucket *bucket;       /* upload limit, shared with other engines; NULL = none; stays the caller's */
+    uint32_t max_per_source;   /* connections of one IPv4 address or IPv6 /64, 0 = any number; more: 503, closed */
+    const fcas_prefix *own;    /* n_own prefixes that, like loopback, may have any number; stays the caller's */
+    uint32_t n_own;
     int64_t  accept_pause_ns;  /* after EMFILE */
     fcas_counter_slot *counters; /* NULL = none */
 } fcas_engine_config;

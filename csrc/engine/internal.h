@@ -8,6 +8,7 @@
 
 #include "engine/engine.h"
 #include "http/parser.h"
+#include "table/siphash.h"
 
 #define FCAS_INPUT_SIZE   FCAS_HTTP_HEAD_MAX /* one receive: all unread input that a connection may hold */
 #define FCAS_SCRATCH_SIZE 4096u              /* the longest header that we write */
@@ -17,7 +18,7 @@
 #define FCAS_TURN_REQUESTS 32u               /* answered for one connection, likewise */
 #define FCAS_HASHES_AHEAD 64u                /* chunk hashes read from a manifest at once */
 #define FCAS_EVENTS_MAX   512u
-#define FCAS_LIMIT_TAG    (UINT64_MAX - 2)   /* epoll tag of the upload limit's timer */
+#define FCAS_WAKE_TAG     (UINT64_MAX - 2)   /* epoll tag of the timer */
 #define FCAS_BATCH        256
 
 typedef struct fcas_conn fcas_conn;
@@ -40,6 +41,16 @@ typedef struct fcas_cached {
     uint64_t map_at;     /* file offset of map */
     int      dead;       /* withdrawn or replaced: out of the table, freed with the last reference */
 } fcas_cached;
+
+/* Where connections come from. */
+typedef struct fcas_source {
+    struct fcas_source *chain;        /* hash bucket */
+    struct fcas_source *ring_prev, *ring_next; /* the ring, only while somebody waits for the upload limit */
+    fcas_conn *wait_head, *wait_tail; /* who waits, by wait_next */
+    uint8_t    key[16];
+    uint32_t   n_conns;
+    int        listed;                /* in the hash table: several connections may share it */
+} fcas_source;
 
 /* The rest of a /files response after its current extent. */
 typedef struct {
@@ -83,13 +94,16 @@ struct fcas_conn {
     uint8_t    bucket;      /* epoch bucket + 1, 0 = no extent in flight */
     uint8_t    mem_borrowed; /* mem is the engine's scratch */
     uint8_t    served;      /* at least one response was finished */
-    uint8_t    stalls;      /* consecutive send checks without progress */
     uint16_t   in_len;
     uint16_t   port;
     int        fd;
     uint8_t    ip[16];
     uint8_t   *in;          /* pooled, FCAS_INPUT_SIZE; NULL while no request is unfinished */
     fcas_http_request req;
+    fcas_source *source;     /* NULL where nothing depends on it */
+    fcas_conn *wait_prev, *wait_next; /* whom it waits with for the upload limit */
+    uint8_t    limited;      /* waits for the upload limit */
+    uint32_t   grant;        /* body bytes taken from the bucket for this turn */
     /* response: first mem, then the extent, then the run's extents */
     uint8_t   *mem;
     uint32_t   mem_at, mem_len;
@@ -101,7 +115,8 @@ struct fcas_conn {
     /* progress of the peer */
     uint64_t   sent;        /* bytes written to the socket, all responses */
     uint64_t   acked;       /* at the last send check */
-    uint64_t   window_acked;
+    int64_t    progress_ns; /* of the last send check that saw any */
+    uint64_t   window_acked; /* when the window of the minimum rate began */
     int64_t    window_ns;
 };
 _Static_assert(sizeof(fcas_conn) <= 512, "a connection is to stay small");
@@ -126,11 +141,16 @@ struct fcas_engine {
     int64_t  date_s;
     char     date[40];      /* "Date: ...\r\n" */
     size_t   date_len;
-    /* upload limit (limit.c) */
-    int      refill;        /* timerfd, -1 without a limit */
-    int      limited;       /* the ready list waits for it */
-    double   upload_tokens;
-    int64_t  upload_at_ns;
+    /* the timer (timers.c) */
+    int      wake;          /* timerfd */
+    int64_t  wake_ns;       /* when it fires, 0 = not armed */
+    /* sources (source.c) and the upload limit (limit.c) */
+    uint64_t source_secret[2];
+    fcas_source **sources;  /* hash table */
+    uint32_t n_source_buckets; /* power of two, or 0 */
+    uint32_t n_sources;
+    fcas_source *ring_head, *ring_tail; /* those with somebody waiting */
+    int      limit_sleeps;  /* the bucket was empty: until the timer fires */
     /* table and epochs (epoch.c) */
     fcas_table table;
     int      has_table;
@@ -176,8 +196,14 @@ static inline void fcas_engine_count(fcas_engine *e, fcas_counter c, uint64_t n)
 /* Start timer t of c now (TIMER_NONE: none). A restart within 100 ms of the last start is a no-op where that only
  * makes the deadline earlier by as much (TIMER_IDLE). */
 void fcas_timer_set(fcas_engine *e, fcas_conn *c, fcas_timer t);
+/* Start the progress checks of a response that did not go out at once. */
+void fcas_timer_watch_send(fcas_engine *e, fcas_conn *c);
 /* Close or check every connection whose time is up. */
 void fcas_timers_expire(fcas_engine *e);
+/* Make the epoll fd readable after `ns`, or earlier if an earlier wake-up is on its way. 1, or 0: it cannot. */
+int fcas_wake_after(fcas_engine *e, int64_t ns);
+/* The timer fired. */
+void fcas_wake_fired(fcas_engine *e);
 
 /* ---- epoch.c ---- */
 void fcas_epoch_enter(fcas_engine *e, fcas_conn *c);
@@ -203,20 +229,23 @@ void fcas_cache_withdraw(fcas_engine *e, fcas_cached *b, fcas_withdraw_reason re
 /* Close blobs that the table does not list any more. */
 void fcas_cache_sweep(fcas_engine *e);
 
-/* ---- limit.c ---- */
-fcas_status fcas_limit_init(fcas_engine *e);
-void fcas_limit_destroy(fcas_engine *e);
-/* Body bytes that may be sent now; UINT64_MAX without a limit. */
-uint64_t fcas_limit_allowance(fcas_engine *e);
-/* n of them were sent. */
-void fcas_limit_spend(fcas_engine *e, uint64_t n);
-/* Nothing may be sent: have the ready list wait for the timer. */
-void fcas_limit_wait(fcas_engine *e);
-/* The timer fired. */
-void fcas_limit_refilled(fcas_engine *e);
+/* ---- source.c ---- */
+/* Count c's source; -1: it has too many connections, or there is no memory. */
+int fcas_source_enter(fcas_engine *e, fcas_conn *c);
+void fcas_source_leave(fcas_engine *e, fcas_conn *c);
+/* Whether an address lies in an own prefix. */
+int fcas_source_is_exempt(const fcas_engine *e, const uint8_t ip[16]);
+
+/* ---- limit.c: only with a bucket ---- */
+/* c has a body and no grant: have it wait for its turn. */
+void fcas_limit_wait(fcas_engine *e, fcas_conn *c);
+/* c waits no longer. */
+void fcas_limit_leave(fcas_engine *e, fcas_conn *c);
+/* Turns for those who wait, as far as the bucket goes. */
+void fcas_limit_run(fcas_engine *e);
 
 /* ---- send.c ---- */
-typedef enum { SEND_DONE = 0, SEND_BLOCKED, SEND_YIELD, SEND_FAILED } fcas_send_result;
+typedef enum { SEND_DONE = 0, SEND_BLOCKED, SEND_YIELD, SEND_LIMITED, SEND_FAILED } fcas_send_result;
 /* Send on; at most *turn bytes. */
 fcas_send_result fcas_send(fcas_engine *e, fcas_conn *c, uint64_t *turn);
 

@@ -32,17 +32,30 @@ static void drop_extent(fcas_engine *e, fcas_conn *c)
     c->blob = NULL;
 }
 
+/* What is left of mem; it waits in the kernel for a body that follows, at most 200 ms. */
+static ssize_t write_memory(fcas_conn *c)
+{
+    ssize_t n = send(c->fd, c->mem + c->mem_at, c->mem_len - c->mem_at, MSG_NOSIGNAL | (c->body_left ? MSG_MORE : 0));
+    if (n > 0)
+        c->mem_at += (uint32_t)n;
+    return n;
+}
+
+/* Under an upload limit: n bytes were written, `body` of them from the grant; the others were not asked for before. */
+static void spend(fcas_engine *e, fcas_conn *c, uint64_t n, uint64_t body)
+{
+    c->grant -= (uint32_t)body;
+    if (n > body)
+        fcas_bucket_charge(e->config.bucket, n - body, e->now_ns);
+}
+
 /* One system call's worth of progress: bytes written, or -1 with errno. */
 static ssize_t write_some(fcas_conn *c, uint64_t turn)
 {
     size_t mem_left = c->mem_len - c->mem_at;
     if (c->use_sendfile || !c->body_left) {
-        if (mem_left) {
-            ssize_t n = send(c->fd, c->mem + c->mem_at, mem_left, MSG_NOSIGNAL | (c->body_left ? MSG_MORE : 0));
-            if (n > 0)
-                c->mem_at += (uint32_t)n;
-            return n;
-        }
+        if (mem_left)
+            return write_memory(c);
         off_t   at = (off_t)c->body_at;
         size_t  want = (size_t)(c->body_left < turn ? c->body_left : turn);
         ssize_t n = sendfile(c->fd, c->blob->fd, &at, want);
@@ -91,19 +104,20 @@ fcas_send_result fcas_send(fcas_engine *e, fcas_conn *c, uint64_t *turn)
         if (*turn == 0)
             return keep_memory(c) == 0 ? SEND_YIELD : SEND_FAILED;
         uint64_t body_before = c->body_left;
-        uint64_t part = *turn;
-        if (body_before) {
-            uint64_t allowed = fcas_limit_allowance(e);
-            if (allowed == 0) {
-                fcas_limit_wait(e);
-                return keep_memory(c) == 0 ? SEND_YIELD : SEND_FAILED;
+        ssize_t  n;
+        if (e->config.bucket) {
+            if (body_before && !c->grant && c->mem_at == c->mem_len) {
+                fcas_limit_wait(e, c);
+                return SEND_LIMITED;
             }
-            part = allowed < part ? allowed : part;
+            n = body_before && !c->grant ? write_memory(c) : write_some(c, c->grant < *turn ? c->grant : *turn);
+            if (n > 0)
+                spend(e, c, (uint64_t)n, body_before - c->body_left);
+        } else {
+            n = write_some(c, *turn);
         }
-        ssize_t n = write_some(c, part);
         if (n > 0) {
             c->sent += (uint64_t)n;
-            fcas_limit_spend(e, body_before - c->body_left);
             fcas_engine_count(e, FCAS_CTR_BYTES_SENT, body_before - c->body_left);
             *turn -= (uint64_t)n < *turn ? (uint64_t)n : *turn;
             continue;

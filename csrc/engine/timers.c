@@ -3,10 +3,12 @@
 
 #include <linux/sockios.h>
 #include <sys/ioctl.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
 
 #define IDLE_SLACK_NS 100000000ll
 #define DRAIN_IDLE_NS 1000000000ll /* while draining, nobody is waited for longer */
-#define STALL_CHECKS  3 /* a send check comes every stall_ns / STALL_CHECKS */
+#define STALL_CHECKS  15 /* a send check comes every stall_ns / STALL_CHECKS, which is how late a stall is seen at most */
 
 static void unlink_timer(fcas_engine *e, fcas_conn *c)
 {
@@ -50,31 +52,57 @@ static uint64_t acknowledged(const fcas_conn *c)
     return c->sent - (uint64_t)queued;
 }
 
+void fcas_timer_watch_send(fcas_engine *e, fcas_conn *c)
+{
+    if (c->timer == TIMER_SEND)
+        return;
+    c->acked = c->window_acked = acknowledged(c);
+    c->progress_ns = c->window_ns = e->now_ns;
+    fcas_timer_set(e, c, TIMER_SEND);
+}
+
 static void check_send(fcas_engine *e, fcas_conn *c)
 {
     uint64_t acked = acknowledged(c);
-    if (c->window_ns == 0) {
-        c->window_ns = e->now_ns;
-        c->acked = c->window_acked = acked;
-        c->stalls = 0;
-        fcas_timer_set(e, c, TIMER_SEND);
-        return;
+    int      too_slow = 0;
+    if (c->limited) { /* it waits for us: the time since the last check does not count against it */
+        c->window_ns += e->now_ns - c->timer_ns;
+        c->progress_ns = e->now_ns;
+    } else if (acked > c->acked) {
+        c->progress_ns = e->now_ns;
     }
-    c->stalls = acked > c->acked ? 0 : (uint8_t)(c->stalls + 1);
     c->acked = acked;
-    int too_slow = 0;
     if (e->now_ns - c->window_ns >= e->config.rate_window_ns) {
-        uint64_t window_s = (uint64_t)((e->now_ns - c->window_ns) / 1000000000ll);
-        too_slow = acked - c->window_acked < window_s * e->config.min_rate;
+        double window_s = (double)(e->now_ns - c->window_ns) * 1e-9;
+        too_slow = (double)(acked - c->window_acked) < window_s * e->config.min_rate;
         c->window_ns = e->now_ns;
         c->window_acked = acked;
     }
-    if (c->stalls >= STALL_CHECKS || too_slow) {
-        fcas_engine_count(e, FCAS_CTR_EVICT_STALL, 1);
+    if (too_slow || e->now_ns - c->progress_ns >= e->config.stall_ns) {
+        fcas_engine_count(e, too_slow ? FCAS_CTR_EVICT_SLOW : FCAS_CTR_EVICT_STALL, 1);
         fcas_conn_close(e, c, 1);
     } else {
         fcas_timer_set(e, c, TIMER_SEND);
     }
+}
+
+int fcas_wake_after(fcas_engine *e, int64_t ns)
+{
+    struct itimerspec once = {.it_value = {.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000}};
+    if (e->wake_ns && e->wake_ns <= e->now_ns + ns)
+        return 1;
+    if (timerfd_settime(e->wake, 0, &once, NULL) != 0)
+        return 0;
+    e->wake_ns = e->now_ns + ns;
+    return 1;
+}
+
+void fcas_wake_fired(fcas_engine *e)
+{
+    uint64_t count;
+    if (read(e->wake, &count, sizeof count) == (ssize_t)sizeof count)
+        e->wake_ns = 0;
+    e->limit_sleeps = 0;
 }
 
 void fcas_timers_expire(fcas_engine *e)

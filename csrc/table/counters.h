@@ -32,12 +32,21 @@ typedef enum {
     FCAS_CTR_STATUS_416,
     FCAS_CTR_STATUS_503,
     FCAS_CTR_EVICT_HEADER,     /* closed: header deadline */
-    FCAS_CTR_EVICT_STALL,      /* closed: no progress or below the minimum rate */
+    FCAS_CTR_EVICT_STALL,      /* closed: no progress */
     FCAS_CTR_EVICT_IDLE,       /* closed: keep-alive idle */
-    FCAS_CTR_EVICT_CAP,        /* closed at accept: worker or source full */
+    FCAS_CTR_EVICT_CAP,        /* closed at accept: worker full */
     FCAS_CTR_SHORTFALL,        /* blob shorter than its extent, or its identity changed */
     FCAS_CTR_ACCEPT_EMFILE,    /* accept failed for want of a file descriptor */
     FCAS_CTR_NEXT_GIVEN,       /* chunks handed out through NEXT */
+    FCAS_CTR_EVICT_SLOW,       /* closed: below the minimum rate */
+    FCAS_CTR_EVICT_SOURCE,     /* closed at accept: its source has too many connections */
+    FCAS_CTR_LIMIT_WAITS,      /* slices that waited for the upload limit */
+    FCAS_CTR_PEER_QUEUED,      /* requests of peers that waited for an upload slot */
+    FCAS_CTR_PEER_BUSY,        /* requests of peers answered "busy" */
+    FCAS_CTR_SLOT_LOST,        /* upload slots given up by connections that could not be written to */
+    FCAS_CTR_QUEUE_BYTES,      /* gauge: bytes of peers' requests not sent yet, as the busy rule counts them */
+    FCAS_CTR_UPLINK_RATE,      /* gauge: measured uplink rate in bytes per second, 0 = not known yet */
+    FCAS_CTR_NEXT_LOST,        /* marks of NEXT taken back because their taker is gone */
     FCAS_CTR_COUNT
 } fcas_counter;
 

@@ -31,7 +31,7 @@ from fastcas.node import wire
 from fastcas.node.child import BackOff, Child
 from fastcas.node.listeners import open_listeners, probe_udp
 from fastcas.node.relay import Relay
-from fastcas.table import Counters, GivenBoard, Ring
+from fastcas.table import Bucket, Counters, GivenBoard, Ring
 
 __all__ = ["Supervisor", "run_supervisor"]
 
@@ -98,6 +98,8 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._counters = Counters.create(N_SLOTS)
         self._given = GivenBoard.create()
+        rate_Bps = self._config.max_upload_rate()
+        self._bucket = Bucket.create(rate_Bps) if rate_Bps else None
         for number, handler in (
             (signal.SIGTERM, self._on_stop_signal),
             (signal.SIGINT, self._on_stop_signal),
@@ -149,6 +151,8 @@ class Supervisor:
                 ring.close()
         self._counters.close()
         self._given.close()
+        if self._bucket is not None:
+            self._bucket.close()
 
     async def _end_children(self) -> None:
         """Drain the workers, let the agent withdraw while the DHT process lives, then end whatever is left."""
@@ -274,7 +278,8 @@ class Supervisor:
             {"op": "start", "index": slot, "workers": len(self._seats), "node_id": self._identity["node_id"],
              "config": {"send_path": config.send_path, "max_upload": config.max_upload_rate(),
                         "node_label": config.node_id}},
-            [seat.listener.fileno(), self._counters.fd, ring.memfd, ring.eventfd, self._given.fd],
+            [seat.listener.fileno(), self._counters.fd, ring.memfd, ring.eventfd, self._given.fd,
+             *([self._bucket.fd] if self._bucket else [])],
         )  # fmt: skip
         self._workers_relay.replay(child)
         self._tell_agent_of_worker(child)

@@ -3,13 +3,14 @@
 An epoll instance of its own holds the listener and all connections; `fileno()` is what the event loop watches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, final
 
 PARKED: int
 EVENTS: int
 DRAINED: int
 SEND_PATHS: tuple[str, ...]
+OWN_PREFIXES_MAX: int
 WITHDRAW_REASONS: tuple[str, ...]
 
 class Parked(NamedTuple):
@@ -70,7 +71,9 @@ class Engine:
         idle_s: float = ...,
         stall_s: float = ...,
         min_rate_Bps: int = ...,
-        max_upload_Bps: int = ...,
+        bucket_fd: int = -1,
+        max_per_source: int = 0,
+        own_prefixes: Iterable[str] = (),
         min_rate_window_s: float = ...,
         accept_pause_s: float = ...,
         max_events: int = ...,
@@ -92,12 +95,14 @@ class Engine:
             stall_s: Sending without progress.
             min_rate_Bps: Averaged over min_rate_window_s; slower connections are reset. 0 = none.
             min_rate_window_s: See above.
-            max_upload_Bps: Limit of all bodies together, bytes per second; 0 = none.
+            bucket_fd: Upload limit shared with other engines (`Bucket`), borrowed; -1 = none.
+            max_per_source: Connections of one IPv4 address or IPv6 /64, more get 503 and are closed; 0 = any number.
+            own_prefixes: At most 16 networks ("10.0.0.0/8") that, like loopback, are exempt from max_per_source.
             accept_pause_s: After running out of file descriptors.
             max_events: Socket events that one `run` handles, about.
         Raises:
             UsageError: A limit out of range, an unknown send path, no such counter slot.
-            LocalProtocolError: counters_fd is no counters memfd.
+            LocalProtocolError: counters_fd is no counters memfd, or bucket_fd no bucket.
             OSError: The kernel refused; nothing is left open.
         """
     def close(self) -> None:

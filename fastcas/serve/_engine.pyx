@@ -3,6 +3,7 @@
 Owns the engine and the mapping of the counters. Turns statuses into errors and queues into tuples; decides nothing.
 """
 
+import ipaddress
 import os
 import socket
 from collections import namedtuple
@@ -36,6 +37,13 @@ cdef extern from "table/counters.h" nogil:
     void fcas_counters_unmap(fcas_counter_slot *slots, uint32_t n_slots)
 
 
+cdef extern from "table/bucket.h" nogil:
+    ctypedef struct fcas_bucket:
+        void *base
+    int fcas_bucket_map(fcas_bucket *b, int fd)
+    void fcas_bucket_unmap(fcas_bucket *b)
+
+
 cdef extern from "engine/engine.h" nogil:
     enum:
         FCAS_ENGINE_PARKED
@@ -46,6 +54,9 @@ cdef extern from "engine/engine.h" nogil:
         FCAS_EVENT_GONE
     ctypedef struct fcas_engine:
         pass
+    ctypedef struct fcas_prefix:
+        uint8_t ip[16]
+        uint32_t bits
     ctypedef struct fcas_engine_config:
         int listener
         int send_path
@@ -58,7 +69,10 @@ cdef extern from "engine/engine.h" nogil:
         int64_t stall_ns
         int64_t rate_window_ns
         uint32_t min_rate
-        uint64_t max_upload
+        fcas_bucket *bucket
+        uint32_t max_per_source
+        const fcas_prefix *own
+        uint32_t n_own
         int64_t accept_pause_ns
         fcas_counter_slot *counters
     ctypedef struct fcas_parked:
@@ -114,6 +128,7 @@ Withdrawn = namedtuple("Withdrawn", "blob reason")
 Sent = namedtuple("Sent", "handle ok")
 Gone = namedtuple("Gone", "handle")
 
+OWN_PREFIXES_MAX = 16
 cdef bytes _MAPPED = b"\0" * 10 + b"\xff\xff"
 
 
@@ -142,6 +157,8 @@ cdef class Engine:
     cdef fcas_engine *_e
     cdef fcas_counter_slot *_slots
     cdef uint32_t _n_slots
+    cdef fcas_bucket _bucket
+    cdef fcas_prefix[16] _own
     cdef unsigned _max_events
     cdef object _on_flags
 
@@ -161,7 +178,9 @@ cdef class Engine:
         double idle_s=limits.IDLE_S,
         double stall_s=limits.STALL_S,
         uint32_t min_rate_Bps=limits.MIN_RATE_BPS,
-        uint64_t max_upload_Bps=0,
+        int bucket_fd=-1,
+        uint32_t max_per_source=0,
+        own_prefixes=(),
         double min_rate_window_s=limits.MIN_RATE_WINDOW_S,
         double accept_pause_s=limits.ACCEPT_PAUSE_S,
         unsigned max_events=limits.EVENTS_PER_RUN,
@@ -192,7 +211,13 @@ cdef class Engine:
         config.stall_ns = <int64_t>(stall_s * 1e9)
         config.rate_window_ns = <int64_t>(min_rate_window_s * 1e9)
         config.min_rate = min_rate_Bps
-        config.max_upload = max_upload_Bps
+        config.max_per_source = max_per_source
+        config.own = self._own
+        config.n_own = self._take_prefixes(own_prefixes)
+        if bucket_fd >= 0:
+            if self._bucket.base is NULL and fcas_bucket_map(&self._bucket, bucket_fd) != FCAS_OK:
+                raise LocalProtocolError("upload limit: the descriptor is not a bucket, not used")
+            config.bucket = &self._bucket
         config.accept_pause_ns = <int64_t>(accept_pause_s * 1e9)
         status = fcas_engine_create(&self._e, &config, now())
         if status == FCAS_E_SYS:
@@ -202,12 +227,30 @@ cdef class Engine:
         if status != FCAS_OK:
             raise UsageError("engine: a limit is out of its range")
 
+    cdef uint32_t _take_prefixes(self, prefixes) except? 0xffffffff:
+        cdef uint32_t i = 0
+        cdef int j
+        for text in prefixes:
+            if i == OWN_PREFIXES_MAX:
+                raise UsageError(f"own prefixes: expected at most {OWN_PREFIXES_MAX}")
+            try:
+                net = ipaddress.ip_network(text)
+            except ValueError as exc:
+                raise UsageError(f"own prefix: {exc}") from None
+            packed = _MAPPED + net.network_address.packed if net.version == 4 else net.network_address.packed
+            for j in range(16):
+                self._own[i].ip[j] = packed[j]
+            self._own[i].bits = net.prefixlen + (96 if net.version == 4 else 0)
+            i += 1
+        return i
+
     def __dealloc__(self):
         self._release()
 
     cdef void _release(self) noexcept:
         fcas_engine_destroy(self._e)
         self._e = NULL
+        fcas_bucket_unmap(&self._bucket)
         if self._slots is not NULL:
             fcas_counters_unmap(self._slots, self._n_slots)
             self._slots = NULL

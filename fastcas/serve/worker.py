@@ -18,7 +18,15 @@ import msgpack
 import uvloop
 
 from fastcas.errors import FastCASError, LocalProtocolError
-from fastcas.limits import BLOBS_OPEN_MAX, CONNECTIONS_PER_WORKER, DRAIN_S, RESERVED_FDS, TICK_S
+from fastcas.limits import (
+    BLOBS_OPEN_MAX,
+    CONNECTIONS_PER_SOURCE,
+    CONNECTIONS_PER_WORKER,
+    DRAIN_S,
+    PER_SOURCE_MIN,
+    RESERVED_FDS,
+    TICK_S,
+)
 from fastcas.serve._engine import DRAINED, Engine, Gone, Sent, Withdrawn
 from fastcas.serve.swarm import SwarmService
 from fastcas.table._shared import Counters, GivenBoard, HaveLog, Ring
@@ -29,7 +37,7 @@ __all__ = ["Worker", "run_worker"]
 
 log = logging.getLogger(__name__)
 
-START_FDS = 5  # listener, counters, events ring memfd, events ring eventfd, given board
+START_FDS = 5  # listener, counters, events ring memfd, events ring eventfd, given board; with a limit, its bucket
 
 
 class Worker:
@@ -123,10 +131,12 @@ class Worker:
     def _on_start(self, message: dict[str, Any], fds: list[int]) -> None:
         if self._engine is not None:
             raise LocalProtocolError("message start: came twice, ignored")
-        if len(fds) != START_FDS:
-            raise LocalProtocolError(f"message start: expected {START_FDS} descriptors, got {len(fds)}")
-        listener, counters, ring_memfd, ring_eventfd, board = fds
         config = message["config"]
+        expected = START_FDS + bool(config.get("max_upload"))
+        if len(fds) != expected:
+            raise LocalProtocolError(f"message start: expected {expected} descriptors, got {len(fds)}")
+        listener, counters, ring_memfd, ring_eventfd, board = fds[:START_FDS]
+        workers = max(1, int(message["workers"]))
         self._slot = int(message["index"])
         self._counters = Counters.attach(counters)
         self._events = Ring.attach(ring_memfd, ring_eventfd)
@@ -138,7 +148,9 @@ class Worker:
             counters_fd=counters,
             counter_slot=self._slot,
             send_path=config.get("send_path", "auto"),
-            max_upload_Bps=-(-int(config.get("max_upload") or 0) // max(1, int(message["workers"]))),
+            bucket_fd=fds[START_FDS] if len(fds) > START_FDS else -1,
+            max_per_source=_share(CONNECTIONS_PER_SOURCE, workers, PER_SOURCE_MIN),
+            own_prefixes=config.get("own_prefixes", ()),
             max_connections=_connections_max(),
         )
         self._engine = engine
@@ -197,6 +209,11 @@ class Worker:
     def _report(self, message: dict[str, Any]) -> None:
         if self._events is not None and not self._events.push(msgpack.packb(message)):
             log.warning("events ring full, message dropped op=%s", message["op"])
+
+
+def _share(total: int, workers: int, at_least: int) -> int:
+    """Return one worker's part of a limit of the node; the kernel does not spread connections evenly."""
+    return max(-(-total // workers), min(total, at_least))
 
 
 def _connections_max() -> int:

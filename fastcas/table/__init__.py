@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastcas.table._shared import Counters, GivenBoard, HaveLog, Ring
+    from fastcas.table._shared import Bucket, Counters, GivenBoard, HaveLog, Ring
     from fastcas.table._table import ChunkTable, TableReader
     from fastcas.table.channel import Channel
     from fastcas.table.entries import BlobEntry
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlobEntry",
+    "Bucket",
     "Channel",
     "ChunkTable",
     "Counters",
@@ -37,6 +38,7 @@ __all__ = [
 
 _WHERE = {
     "BlobEntry": "entries",
+    "Bucket": "_shared",
     "Channel": "channel",
     "ChunkTable": "_table",
     "Counters": "_shared",

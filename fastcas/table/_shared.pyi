@@ -136,6 +136,40 @@ class GivenBoard:
         """Unmap and close the descriptor. Idempotent."""
 
 @final
+class Bucket:
+    """A token bucket shared by a node's workers: what they send together keeps to one rate. Any thread, any process."""
+
+    @staticmethod
+    def create(rate_Bps: int) -> Bucket:
+        """Make a bucket of 1..2^40 bytes per second; 50 ms of it may be saved up."""
+    @staticmethod
+    def attach(fd: int) -> Bucket:
+        """Open the bucket that another process made."""
+    @property
+    def fd(self) -> int:
+        """Descriptor of the shared memory."""
+    @property
+    def rate_Bps(self) -> int:
+        """Bytes per second."""
+    @property
+    def slice_bytes(self) -> int:
+        """The most that one `take` takes: 20 ms of the rate, 1..64 KiB."""
+    def take(self, n: int, now_ns: int) -> int:
+        """Take n bytes, all or none.
+
+        Args:
+            now_ns: CLOCK_MONOTONIC.
+        Returns:
+            0, or in how many ns they are there if nobody else takes any.
+        """
+    def charge(self, n: int, now_ns: int) -> None:
+        """Take n bytes that are sent in any case; later takings wait for it, at most a second."""
+    def refund(self, n: int) -> None:
+        """Give back n bytes that were taken and not sent."""
+    def close(self) -> None:
+        """Unmap and close the descriptor. Idempotent."""
+
+@final
 class Counters:
     """One slot of counters per process; each is written by its owner and read by anybody."""
 

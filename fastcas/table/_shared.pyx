@@ -1,4 +1,4 @@
-"""Ring, HaveLog, GivenBoard and Counters: the border of csrc/table/{ring,havelog,given,counters}.h.
+"""Ring, HaveLog, GivenBoard, Bucket and Counters: the border of csrc/table/{ring,havelog,given,bucket,counters}.h.
 
 Owns the mappings and duplicates of descriptors. Turns statuses into errors; holds no protocol of its own.
 """
@@ -8,7 +8,7 @@ import os
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport errno
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, qsort
 from libc.string cimport memcmp, memcpy
 from posix.unistd cimport close as close_fd
@@ -69,6 +69,18 @@ cdef extern from "table/given.h" nogil:
                               uint32_t *out)
     void fcas_given_clear(fcas_given *b, const uint8_t *manifest_hash, uint32_t i)
     int fcas_given_is_given(const fcas_given *b, const uint8_t *manifest_hash, uint32_t i)
+
+
+cdef extern from "table/bucket.h" nogil:
+    ctypedef struct fcas_bucket:
+        uint64_t rate
+        uint32_t slice
+    int fcas_bucket_create(int fd, uint64_t rate)
+    int fcas_bucket_map(fcas_bucket *b, int fd)
+    void fcas_bucket_unmap(fcas_bucket *b)
+    int64_t fcas_bucket_take(fcas_bucket *b, uint64_t n, int64_t now_ns)
+    void fcas_bucket_charge(fcas_bucket *b, uint64_t n, int64_t now_ns)
+    void fcas_bucket_refund(fcas_bucket *b, uint64_t n)
 
 
 cdef extern from *:
@@ -392,6 +404,76 @@ cdef class GivenBoard:
         self._release()
 
 
+@cython.final
+cdef class Bucket:
+    """The upload limit that all workers share; see _shared.pyi."""
+
+    cdef fcas_bucket _bucket
+    cdef bint _open
+    cdef readonly int fd
+
+    def __cinit__(self):
+        self.fd = -1
+
+    def __dealloc__(self):
+        self._release()
+
+    @staticmethod
+    def create(uint64_t rate_Bps):
+        fd = _memfd.create("fastcas-bucket")
+        try:
+            check(fcas_bucket_create(fd, rate_Bps), f"upload limit: {rate_Bps} B/s")
+            return Bucket.attach(fd)
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def attach(int fd):
+        cdef Bucket bucket = Bucket.__new__(Bucket)
+        bucket.fd = os.dup(fd)
+        check(fcas_bucket_map(&bucket._bucket, bucket.fd), "upload limit")
+        bucket._open = True
+        return bucket
+
+    @property
+    def rate_Bps(self):
+        return self._bucket.rate
+
+    @property
+    def slice_bytes(self):
+        return self._bucket.slice
+
+    def take(self, uint64_t n, int64_t now_ns):
+        self._check_open()
+        if n > self._bucket.slice:
+            raise UsageError(f"upload limit: expected at most {self._bucket.slice} B at once, got {n}")
+        return fcas_bucket_take(&self._bucket, n, now_ns)
+
+    def charge(self, uint32_t n, int64_t now_ns):
+        self._check_open()
+        fcas_bucket_charge(&self._bucket, n, now_ns)
+
+    def refund(self, uint32_t n):
+        self._check_open()
+        fcas_bucket_refund(&self._bucket, n)
+
+    cdef int _check_open(self) except -1:
+        if not self._open:
+            raise UsageError("upload limit: closed")
+        return 0
+
+    cdef void _release(self) noexcept:
+        if self._open:
+            self._open = False
+            fcas_bucket_unmap(&self._bucket)
+        if self.fd >= 0:
+            close_fd(self.fd)
+        self.fd = -1
+
+    def close(self):
+        self._release()
+
+
 # The order of fcas_counter in csrc/table/counters.h.
 NAMES = (
     "heartbeat_ns",
@@ -414,6 +496,15 @@ NAMES = (
     "shortfall",
     "accept_emfile",
     "next_given",
+    "evict_slow",
+    "evict_source",
+    "limit_waits",
+    "peer_queued",
+    "peer_busy",
+    "slot_lost",
+    "queue_bytes",
+    "uplink_rate",
+    "next_lost",
 )
 cdef dict _INDEX = {name: i for i, name in enumerate(NAMES)}
 if len(NAMES) != <int>FCAS_CTR_COUNT:

@@ -133,7 +133,7 @@ def test_client_that_reads_too_slowly_is_reset(tmp_path: Path) -> None:
         def sip() -> bool:
             with contextlib.suppress(OSError):
                 sock.recv(20000)
-            return s.count("evict_stall") == 1
+            return s.count("evict_slow") == 1
 
         s.until(sip, "evicted")
 

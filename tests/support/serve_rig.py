@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 
 from fastcas.metadata import Manifest
-from fastcas.table import Channel, ChunkTable, Counters, GivenBoard, Ring
+from fastcas.table import Bucket, Channel, ChunkTable, Counters, GivenBoard, Ring
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET_S = 20.0
@@ -127,6 +127,9 @@ class WorkerProcess:
         send_path: str = "auto",
         counters: Counters,
         preexec: Callable[[], None] | None = None,
+        bucket: Bucket | None = None,
+        workers: int = 1,
+        config: dict[str, Any] | None = None,
     ) -> None:
         self.port: int = sock.getsockname()[1]
         self.counters = counters
@@ -140,9 +143,11 @@ class WorkerProcess:
         )  # fmt: skip
         theirs.close()
         self.channel.send(
-            {"op": "start", "index": index, "workers": 1, "node_id": NODE_ID,
-             "config": {"send_path": send_path, "max_upload": None, "node_label": "test"}},
-            [sock.fileno(), counters.fd, self.ring.memfd, self.ring.eventfd, board.fd],
+            {"op": "start", "index": index, "workers": workers, "node_id": NODE_ID,
+             "config": {"send_path": send_path, "max_upload": bucket.rate_Bps if bucket else None,
+                        "node_label": "test", **(config or {})}},
+            [sock.fileno(), counters.fd, self.ring.memfd, self.ring.eventfd, board.fd,
+             *([bucket.fd] if bucket else [])],
         )  # fmt: skip
         self.wait_message("ready")
 
@@ -195,14 +200,17 @@ class WorkerProcess:
 class Rig:
     """A store, a listener per worker on one port, and the workers."""
 
-    def __init__(self, folder: Path, *, workers: int = 1, **options: Any) -> None:
+    def __init__(self, folder: Path, *, workers: int = 1, max_upload_Bps: int = 0, **options: Any) -> None:
         self.store = BlobStore(folder)
         self.board = GivenBoard.create()
         self.counters = Counters.create(max(workers, 1))
+        self.bucket = Bucket.create(max_upload_Bps) if max_upload_Bps else None
         first = listener()
         self.sockets = [first, *(listener(first.getsockname()[1]) for _ in range(workers - 1))]
         self.workers = [
-            WorkerProcess(sock, index=i, board=self.board, counters=self.counters, **options)
+            WorkerProcess(
+                sock, index=i, board=self.board, counters=self.counters, bucket=self.bucket, workers=workers, **options
+            )
             for i, sock in enumerate(self.sockets)
         ]
 
@@ -225,6 +233,8 @@ class Rig:
         self.store.close()
         self.board.close()
         self.counters.close()
+        if self.bucket is not None:
+            self.bucket.close()
 
 
 @contextlib.contextmanager
