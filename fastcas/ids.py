@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl, quote, urlsplit
 
 from fastcas.errors import UsageError
+from fastcas.limits import CHUNK_SIZE_MAX, CHUNK_SIZE_MIN
 
 __all__ = [
     "Link",
     "PeerAddr",
     "escape_for_terminal",
     "hex_of",
+    "parse_chunk_size",
     "parse_hash",
     "parse_parity",
     "parse_peer",
@@ -139,6 +141,20 @@ def parse_size(text: str, argument: str = "size") -> int:
     if not match or int(match[1]) == 0:
         raise UsageError(f"{argument}: expected a size such as 256KiB or 4M, got {_quoted(text)}")
     return int(match[1]) * _UNIT[match[2]]
+
+
+def parse_chunk_size(text: str, argument: str = "chunk_size") -> int | None:
+    """Return bytes of a chunk size; None for "auto".
+
+    Raises:
+        UsageError: Neither "auto" nor a power of two from 16 KiB to 16 MiB.
+    """
+    if text == "auto":
+        return None
+    size = parse_size(text, argument)
+    if not CHUNK_SIZE_MIN <= size <= CHUNK_SIZE_MAX or size & (size - 1):
+        raise UsageError(f"{argument}: expected auto or a power of two from 16KiB to 16MiB, got {_quoted(text)}")
+    return size
 
 
 def parse_rate(text: str, argument: str = "rate") -> int:

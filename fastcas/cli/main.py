@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shlex
 import sys
@@ -18,7 +19,7 @@ from fastcas.cli.render import ProgressShow, bytes_text, print_json, print_line,
 from fastcas.cli.runner import resume_hint, run_command
 from fastcas.config import storage_root
 from fastcas.errors import DamageFound, NotFound, PermissionDenied, UsageError
-from fastcas.ids import escape_for_terminal, parse_parity, parse_peer, parse_ref, parse_size
+from fastcas.ids import escape_for_terminal, parse_chunk_size, parse_parity, parse_peer, parse_ref
 
 if TYPE_CHECKING:
     from fastcas.node.access import Access
@@ -53,6 +54,14 @@ def _network_options(function: F) -> F:
     return function
 
 
+def _check_network(peers: Sequence[str], bootstrap: Sequence[str], timeout: float) -> None:
+    for name, texts in (("--peer", peers), ("--bootstrap", bootstrap)):
+        for text in texts:
+            parse_peer(text, name)
+    if not math.isfinite(timeout):
+        raise UsageError(f"--timeout: expected a number of seconds, got {timeout}")
+
+
 @contextlib.contextmanager
 def _access(storage_dir: str, *, create: bool = False, optional: bool = False) -> Iterator[Access]:
     from fastcas.node.access import open_access
@@ -85,8 +94,8 @@ def store_command(
     """Store a file or directory, and announce it if a node runs on the storage folder."""
     args: dict[str, Any] = {
         "path": os.fsencode(os.path.realpath(path)),
-        "chunk_size": None if chunk_size == "auto" else parse_size(chunk_size, "--chunk-size"),
-        "parity": list(parse_parity(parity, "--parity")) if parity else None,
+        "chunk_size": parse_chunk_size(chunk_size, "--chunk-size"),
+        "parity": list(parse_parity(parity, "--parity")) if parity is not None else None,
         "in_place": in_place,
     }
     fd = _open_source(path)
@@ -105,6 +114,8 @@ def store_command(
 
 
 def _open_source(path: str) -> int:
+    if not path:
+        raise UsageError("PATH: expected a path, got ''")
     shown = escape_for_terminal(path)
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -130,10 +141,7 @@ def get_command(
 ) -> None:  # fmt: skip
     """Fetch a file or directory by its hash or link, and print its path."""
     link = parse_ref(ref)
-    for text in peers:
-        parse_peer(text, "--peer")
-    for text in bootstrap:
-        parse_peer(text, "--bootstrap")
+    _check_network(peers, bootstrap, timeout)
     if out is not None and not out:
         raise UsageError("-o: expected a path, got ''")
     args = {
@@ -237,8 +245,7 @@ def peers_command(
 ) -> None:
     """List the peers that are known to have a file."""
     link = parse_ref(ref)
-    for text in (*peers, *bootstrap):
-        parse_peer(text, "--peer")
+    _check_network(peers, bootstrap, timeout)
     args = {"ref": str(link), "peers": list(peers), "bootstrap": list(bootstrap), "timeout_s": timeout}
     with _access(storage_dir, optional=True) as access:
         result = access.call("peers", args)

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastcas.errors import FastCASError, NetworkError, NodeUnavailable, NotFound, StoreError, StoreLocked, StoreNotFound
+from fastcas.errors import FastCASError, NetworkError, NodeUnavailable, NoPeers, StoreError, StoreLocked, StoreNotFound
 from fastcas.ids import Link, PeerAddr, parse_peer, parse_ref, short
 from fastcas.limits import FETCH_TIMEOUT_S
 from fastcas.node.control_client import ControlClient
@@ -195,7 +195,7 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
 
 def _check_reachable(link: Link, peers: list[PeerAddr], args: dict[str, Any]) -> None:
     if not peers and not link.peers and not args.get("bootstrap"):
-        raise NotFound(
+        raise NoPeers(
             f"no peer has {link.file_hash.hex()}: none is known; name one with --peer, a DHT node with --bootstrap, "
             "or run a node on this storage folder"
         )

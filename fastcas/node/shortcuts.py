@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from fastcas.config import default_storage, storage_root
 from fastcas.errors import NotFound, PermissionDenied, UsageError
-from fastcas.ids import PeerAddr, parse_peer, parse_ref, parse_size
+from fastcas.ids import PeerAddr, parse_chunk_size, parse_parity, parse_peer, parse_ref
 from fastcas.limits import FETCH_TIMEOUT_S
 from fastcas.node.access import open_access
 from fastcas.store import StoredFile
@@ -29,7 +29,7 @@ def store(
     *,
     storage_dir: str | os.PathLike[str] | None = None,
     chunk_size: int | str | None = None,
-    parity: tuple[int, int] | None = None,
+    parity: tuple[int, int] | str | None = None,
     in_place: bool = False,
     progress: Progress | None = None,
 ) -> StoredFile:
@@ -38,8 +38,8 @@ def store(
     Args:
         path: File or directory.
         storage_dir: Storage folder; default `$FASTCAS_STORAGE`, else `./storage`; made if it is not there.
-        chunk_size: Bytes, or text such as "1MiB"; None: automatic.
-        parity: (k, m), None: no parity.
+        chunk_size: Bytes, or text such as "1MiB"; None or "auto": automatic.
+        parity: (k, m) or "k+m", None: no parity.
         in_place: Seed from the file where it is.
         progress: Called with {"done", "total"} in bytes.
     Raises:
@@ -47,7 +47,8 @@ def store(
         UsageError: An argument.
         StoreLocked, StoreFull, StoreError: The storage folder.
     """
-    size = parse_size(chunk_size, "chunk_size") if isinstance(chunk_size, str) else chunk_size
+    size = parse_chunk_size(chunk_size) if isinstance(chunk_size, str) else chunk_size
+    shape = parse_parity(parity) if isinstance(parity, str) else parity
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as exc:
@@ -60,7 +61,7 @@ def store(
     real = os.path.realpath(path)
     args = {
         "path": os.fsencode(real), "name": os.path.basename(real), "is_dir": is_dir, "chunk_size": size,
-        "parity": list(parity) if parity else None, "in_place": in_place,
+        "parity": list(shape) if shape is not None else None, "in_place": in_place,
     }  # fmt: skip
 
     def work() -> StoredFile:

@@ -11,6 +11,7 @@ from fastcas.ids import (
     Link,
     PeerAddr,
     escape_for_terminal,
+    parse_chunk_size,
     parse_hash,
     parse_parity,
     parse_peer,
@@ -69,6 +70,14 @@ def test_parse_size_accepts_powers_of_1024(text: str, size: int) -> None:
 def test_parse_size_refuses(text: str) -> None:
     with pytest.raises(UsageError, match=r"^--chunk-size: "):
         parse_size(text, "--chunk-size")
+
+
+def test_parse_chunk_size_bounds() -> None:
+    assert parse_chunk_size("auto") is None
+    assert [parse_chunk_size(text) for text in ("16KiB", "65536", "16M")] == [16384, 65536, 16 << 20]
+    for text in ("8KiB", "32MiB", "100000", "Auto", ""):
+        with pytest.raises(UsageError, match=r"^--chunk-size: "):
+            parse_chunk_size(text, "--chunk-size")
 
 
 def test_parse_parity_bounds() -> None:
