@@ -15,7 +15,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from fastcas.errors import DestinationExists, FastCASError, PermissionDenied, StoreError, StoreFull
+from fastcas.errors import DestinationExists, FastCASError, PermissionDenied, StoreError, StoreFull, UsageError
 from fastcas.fetch._receiver import rename_noreplace
 from fastcas.fetch.journal import Journal, Listed
 from fastcas.ids import escape_for_terminal, short
@@ -36,6 +36,8 @@ def storage_error(exc: OSError, subject: str, consequence: str) -> FastCASError:
         return StoreFull(text)
     if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return PermissionDenied(text)
+    if exc.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        return UsageError(text)
     return StoreError(text)
 
 
@@ -52,12 +54,13 @@ def prepare_folder(folder: Path) -> None:
     """Create the destination's folder where it is missing.
 
     Raises:
+        UsageError: The path leads through something that is no folder.
         PermissionDenied, StoreFull, StoreError: It cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as exc:
-        raise StoreError(f"{folder}: expected a folder; nothing was fetched") from exc
+        raise UsageError(f"{folder}: expected a folder; nothing was fetched") from exc
     except OSError as exc:
         raise storage_error(exc, str(folder), "nothing was fetched") from exc
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from fastcas.errors import DestinationExists, StoreLocked
+from fastcas.errors import DestinationExists, StoreLocked, UsageError
 from fastcas.fetch.journal import HEADER, RECORD, Journal
 from fastcas.fetch.partfile import PartFile, has_content, prepare_folder, safe_name
 from tests.support.evil_peer import content_of, make_manifest
@@ -167,5 +168,6 @@ def test_prepare_folder_says_what_is_in_the_way(tmp_path: Path) -> None:
     prepare_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(Exception, match="file"):
-        prepare_folder(tmp_path / "file" / "sub")
+    for folder in (tmp_path / "file", tmp_path / "file" / "sub"):
+        with pytest.raises(UsageError, match=re.escape(str(folder))):
+            prepare_folder(folder)
