@@ -27,6 +27,7 @@ PING_STALEST_EVERY_S = 8.0
 STALE_AFTER_S = 30.0
 REFRESH_EVERY_S = 600.0
 SAVED_CONTACTS_MAX = 400
+SAVE_FIRST_S = 5.0  # then four times as long each time, up to SAVE_EVERY_S
 SAVE_EVERY_S = 300.0
 
 # --- requests that we send ---

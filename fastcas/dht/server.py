@@ -32,6 +32,7 @@ from fastcas.dht.budgets import (
     REJOIN_LAST_S,
     RESOLVE_S,
     SAVE_EVERY_S,
+    SAVE_FIRST_S,
     SAVED_CONTACTS_MAX,
     STALE_AFTER_S,
 )
@@ -417,9 +418,11 @@ class FcServer(Server):  # type: ignore[misc]
         return sorted(self.protocol.router, key=lambda contact: -contact.last_seen)[:SAVED_CONTACTS_MAX]
 
     async def _save_regularly(self) -> None:
+        pause = SAVE_FIRST_S
         while True:
-            await asyncio.sleep(SAVE_EVERY_S)
+            await asyncio.sleep(pause)
             await self._save()
+            pause = min(SAVE_EVERY_S, 4 * pause)
 
     async def _save(self) -> None:
         contacts = self._best_contacts()

@@ -178,8 +178,12 @@ def test_end_of_channel_ends_process_even_when_holders_are_dead() -> None:
     asyncio.run(body())
 
 
-def test_saved_contacts_bring_a_node_back_without_bootstrap(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_saved_contacts_bring_a_node_back_without_bootstrap(tmp_path: Path, is_killed: bool) -> None:
     state = tmp_path / "dht.state"
+
+    async def is_saved() -> bool:
+        return state.exists()
 
     async def body() -> None:
         async with children(3) as (a, b, again):
@@ -190,8 +194,13 @@ def test_saved_contacts_bring_a_node_back_without_bootstrap(tmp_path: Path) -> N
                 return len(await b.discovery.routing()) == 1
 
             await until(is_joined)
-            b.channel.close()
-            assert await b.wait() == 0
+            if is_killed:  # contacts are on disk soon after joining, not only after a farewell
+                await until(is_saved)
+                b.process.send_signal(signal.SIGKILL)
+                await b.wait()
+            else:
+                b.channel.close()
+                assert await b.wait() == 0
             assert state.stat().st_mode & 0o777 == 0o600
             await again.start(data_port=9001, state_path=str(state))
 
