@@ -86,6 +86,7 @@ class Supervisor:
         self._stop_reason: FastCASError | None = None
         self._stopping = False
         self._rolling = False
+        self._roll_again = False  # HUP came while the workers were being replaced
         self._pending_starts: dict[int, Any] = {}
         self._timers: set[asyncio.TimerHandle] = set()
 
@@ -201,7 +202,9 @@ class Supervisor:
             self._stop()
 
     def _on_replace_signal(self) -> None:
-        if not self._rolling and not self._stopping:
+        if self._rolling:
+            self._roll_again = True
+        elif not self._stopping:
             self._rolling = True
             self._replace_next(0)
 
@@ -209,6 +212,9 @@ class Supervisor:
         """Replace the worker of seat `index` and go on with the next once the old one is drained."""
         if self._stopping or index >= len(self._seats):
             self._rolling = False
+            if self._roll_again:
+                self._roll_again = False
+                self._on_replace_signal()
             return
         seat = self._seats[index]
         old = seat.child
