@@ -1,4 +1,5 @@
-/* The connection machine: READING -> (SENDING | PARKED -> SENDING) -> READING ... -> LINGERING -> free. */
+/* The connection machine: READING -> (QUEUED -> READING)? -> (SENDING | PARKED -> SENDING) -> READING ... -> LINGERING
+ * -> free. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -130,6 +131,7 @@ static void end_response(fcas_engine *e, fcas_conn *c, int ok)
     }
     c->use_sendfile = 0;
     e->n_sending--;
+    fcas_slot_release(e, c);
 }
 
 void fcas_conn_close(fcas_engine *e, fcas_conn *c, int reset)
@@ -143,6 +145,7 @@ void fcas_conn_close(fcas_engine *e, fcas_conn *c, int reset)
     }
     fcas_timer_set(e, c, TIMER_NONE);
     fcas_conn_free_input(e, c);
+    fcas_slot_leave(e, c);
     fcas_limit_leave(e, c);
     fcas_source_leave(e, c);
     if (reset) {
@@ -254,7 +257,13 @@ static int receive(fcas_conn *c, input *in)
 /* SENDING: 1 = the response is done and another request may follow, 0 = blocked, -1 = c is closed or lingers. */
 static int send_on(fcas_engine *e, fcas_conn *c, uint64_t *turn)
 {
-    switch (fcas_send(e, c, turn)) {
+    uint64_t         before = c->sent;
+    fcas_send_result result = fcas_send(e, c, turn);
+    if (result != SEND_BLOCKED)
+        c->blocked_ns = 0;
+    else if (c->sent != before || !c->blocked_ns)
+        c->blocked_ns = e->now_ns;
+    switch (result) {
     case SEND_DONE:
         end_response(e, c, 1);
         if (c->close_after) {
@@ -306,6 +315,8 @@ void fcas_conn_run(fcas_engine *e, fcas_conn *c)
                 break;
             }
             fcas_route(e, c, in.buf + in.at);
+            if (c->state == CONN_QUEUED)
+                break;
             in.at += c->req.length;
             completed = 1;
         } else if (result != FCAS_HTTP_MORE) {

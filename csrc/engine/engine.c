@@ -141,7 +141,7 @@ static void client_event(fcas_engine *e, uint64_t tag, uint32_t events)
         c->readable = 1;
     if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
         c->rdhup = 1;
-    if (c->state == CONN_PARKED) {
+    if (c->state == CONN_PARKED || c->state == CONN_QUEUED) {
         if (c->rdhup)
             fcas_conn_close(e, c, 0);
     } else {
@@ -159,7 +159,7 @@ static void run_ready(fcas_engine *e)
             e->ready_tail = NULL;
         c->in_ready = 0;
         int was_last = c == last;
-        if (c->state != CONN_FREE && c->state != CONN_PARKED)
+        if (c->state != CONN_FREE && c->state != CONN_PARKED && c->state != CONN_QUEUED)
             fcas_conn_run(e, c);
         c = was_last ? NULL : e->ready_head;
     }
@@ -192,8 +192,11 @@ void fcas_engine_kick(fcas_engine *e)
 static void flush_counters(fcas_engine *e)
 {
     fcas_counter_slot *slot = e->config.counters;
-    if (!slot)
+    e->bytes_sent += e->delta[FCAS_CTR_BYTES_SENT];
+    if (!slot) {
+        memset(e->delta, 0, sizeof e->delta);
         return;
+    }
     for (int i = 0; i < FCAS_CTR_COUNT; i++) {
         if (e->delta[i]) {
             fcas_count(slot, (fcas_counter)i, e->delta[i]);
@@ -206,6 +209,8 @@ static void flush_counters(fcas_engine *e)
 
 static unsigned finish_turn(fcas_engine *e)
 {
+    if (e->n_holders)
+        fcas_slots_run(e);
     set_kick(e, has_work(e));
     fcas_epoch_refresh(e);
     flush_counters(e);
@@ -255,11 +260,15 @@ unsigned fcas_engine_tick(fcas_engine *e, int64_t now_ns)
     e->now_ns = now_ns;
     set_date(e);
     fcas_timers_expire(e);
+    if (e->wake_ns && now_ns >= e->wake_ns)
+        fcas_wake_fired(e);
     fcas_epoch_refresh(e);
     if (e->has_table && e->swept_epoch != fcas_table_epoch(&e->table)) {
         e->swept_epoch = fcas_table_epoch(&e->table);
         fcas_cache_sweep(e);
     }
+    if (e->config.counters)
+        fcas_slots_publish(e, e->config.counters);
     if (e->spare < 0)
         e->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
     if (!e->listening && !e->draining && now_ns >= e->accept_at_ns && listen_on(e) != 0)
@@ -450,7 +459,8 @@ fcas_status fcas_engine_create(fcas_engine **out, const fcas_engine_config *conf
 {
     if (config->max_connections < 1 || config->max_connections > 1000000 || config->max_cached < 1 ||
         config->send_path < FCAS_SEND_AUTO || config->send_path > FCAS_SEND_COPY || config->header_ns <= 0 ||
-        config->idle_ns <= 0 || config->stall_ns <= 0 || config->rate_window_ns <= 0 || config->accept_pause_ns < 0)
+        config->idle_ns <= 0 || config->stall_ns <= 0 || config->rate_window_ns <= 0 || config->accept_pause_ns < 0 ||
+        config->slots > FCAS_SLOTS_MAX)
         return FCAS_E_ARG;
     fcas_engine *e = calloc(1, sizeof *e);
     if (!e)
@@ -458,6 +468,7 @@ fcas_status fcas_engine_create(fcas_engine **out, const fcas_engine_config *conf
     e->config = *config;
     e->epfd = e->kick = e->wake = e->spare = -1;
     e->now_ns = now_ns;
+    e->uplink = config->bucket ? (double)config->bucket->rate : 0;
     e->timers[TIMER_HEADER].after_ns = config->header_ns;
     e->timers[TIMER_IDLE].after_ns = config->idle_ns;
     e->timers[TIMER_SEND].after_ns = config->stall_ns;

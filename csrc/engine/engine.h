@@ -41,6 +41,7 @@ typedef struct {
     int64_t  rate_window_ns;   /* minimum rate is averaged over this */
     uint32_t min_rate;         /* bytes per second, 0 = none */
     fcas_bucket *bucket;       /* upload limit, shared with other engines; NULL = none; stays the caller's */
+    uint32_t slots;            /* chunks sent at once to peers (requests with Fastcas-Peer), 0..64, 0 = no slots, no busy */
     uint32_t max_per_source;   /* connections of one IPv4 address or IPv6 /64, 0 = any number; more: 503, closed */
     const fcas_prefix *own;    /* n_own prefixes that, like loopback, may have any number; stays the caller's */
     uint32_t n_own;

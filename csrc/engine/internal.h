@@ -20,6 +20,8 @@
 #define FCAS_EVENTS_MAX   512u
 #define FCAS_WAKE_TAG     (UINT64_MAX - 2)   /* epoll tag of the timer */
 #define FCAS_BATCH        256
+#define FCAS_SLOTS_MAX    64u
+#define FCAS_SLOT_QUEUED  1
 
 typedef struct fcas_conn fcas_conn;
 
@@ -67,7 +69,7 @@ typedef struct {
     uint8_t  hashes[FCAS_HASHES_AHEAD * 32];
 } fcas_run;
 
-typedef enum { CONN_FREE = 0, CONN_READING, CONN_SENDING, CONN_PARKED, CONN_LINGERING } fcas_conn_state;
+typedef enum { CONN_FREE = 0, CONN_READING, CONN_QUEUED, CONN_SENDING, CONN_PARKED, CONN_LINGERING } fcas_conn_state;
 typedef enum { TIMER_HEADER = 0, TIMER_IDLE, TIMER_SEND, TIMER_LINGER, TIMER_COUNT, TIMER_NONE = TIMER_COUNT } fcas_timer;
 
 struct fcas_conn {
@@ -101,7 +103,16 @@ struct fcas_conn {
     uint8_t   *in;          /* pooled, FCAS_INPUT_SIZE; NULL while no request is unfinished */
     fcas_http_request req;
     fcas_source *source;     /* NULL where nothing depends on it */
-    fcas_conn *wait_prev, *wait_next; /* whom it waits with for the upload limit */
+    fcas_conn *wait_prev, *wait_next; /* whom it waits with, for a slot or for the upload limit */
+    /* upload slot (slots.c) */
+    uint8_t    is_peer;      /* it has named a peer */
+    uint8_t    slot;         /* its place among the holders + 1, 0 = none */
+    uint32_t   asked;        /* bytes of the chunk it asked for */
+    uint32_t   queued_bytes; /* what of that counts in the queue */
+    float      took;         /* bytes per second that it lately took, 0 = not known */
+    int64_t    turn_ns;      /* when it got its slot */
+    uint64_t   turn_sent;    /* `sent` then */
+    int64_t    blocked_ns;   /* since when it cannot be written to, 0 = it can */
     uint8_t    limited;      /* waits for the upload limit */
     uint32_t   grant;        /* body bytes taken from the bucket for this turn */
     /* response: first mem, then the extent, then the run's extents */
@@ -150,6 +161,16 @@ struct fcas_engine {
     uint32_t n_source_buckets; /* power of two, or 0 */
     uint32_t n_sources;
     fcas_source *ring_head, *ring_tail; /* those with somebody waiting */
+    /* upload slots (slots.c) */
+    fcas_conn *holders[FCAS_SLOTS_MAX];
+    uint32_t n_holders;
+    uint32_t next_bytes;    /* length of the last chunk given through NEXT */
+    fcas_conn *queue_head, *queue_tail;
+    uint64_t queue_bytes;   /* as they count */
+    double   uplink;        /* bytes per second, 0 = not known */
+    int64_t  window_ns;     /* since when a slot has been in use */
+    uint64_t window_bytes;  /* bytes sent at that time */
+    uint64_t bytes_sent;    /* body bytes before those in delta */
     int      limit_sleeps;  /* the bucket was empty: until the timer fires */
     /* table and epochs (epoch.c) */
     fcas_table table;
@@ -202,7 +223,7 @@ void fcas_timer_watch_send(fcas_engine *e, fcas_conn *c);
 void fcas_timers_expire(fcas_engine *e);
 /* Make the epoll fd readable after `ns`, or earlier if an earlier wake-up is on its way. 1, or 0: it cannot. */
 int fcas_wake_after(fcas_engine *e, int64_t ns);
-/* The timer fired. */
+/* The timer fired, or it is past its time. */
 void fcas_wake_fired(fcas_engine *e);
 
 /* ---- epoch.c ---- */
@@ -244,6 +265,19 @@ void fcas_limit_leave(fcas_engine *e, fcas_conn *c);
 /* Turns for those who wait, as far as the bucket goes. */
 void fcas_limit_run(fcas_engine *e);
 
+/* ---- slots.c ---- */
+/* A request for a chunk of `bytes` bytes that names a peer. 0: c has a slot, or needs none; FCAS_SLOT_QUEUED: c is QUEUED
+ * and its request stays unread; 503: busy (only with may_refuse). */
+int fcas_slot_admit(fcas_engine *e, fcas_conn *c, uint32_t bytes, int may_refuse);
+/* c's response is over; the next in the queue gets its slot. */
+void fcas_slot_release(fcas_engine *e, fcas_conn *c);
+/* c is about to be closed. */
+void fcas_slot_leave(fcas_engine *e, fcas_conn *c);
+/* While somebody holds a slot: measure the uplink, take slots from those who cannot be written to. */
+void fcas_slots_run(fcas_engine *e);
+/* The gauges. */
+void fcas_slots_publish(fcas_engine *e, fcas_counter_slot *slot);
+
 /* ---- send.c ---- */
 typedef enum { SEND_DONE = 0, SEND_BLOCKED, SEND_YIELD, SEND_LIMITED, SEND_FAILED } fcas_send_result;
 /* Send on; at most *turn bytes. */
@@ -258,7 +292,8 @@ int fcas_run_next(fcas_engine *e, fcas_conn *c);
 int fcas_run_open(fcas_engine *e, const uint8_t file_hash[32], fcas_run *shape);
 
 /* ---- route.c ---- */
-/* Answer the complete request in c->req, whose bytes begin at buf: leaves c SENDING or PARKED. */
+/* Answer the complete request in c->req, whose bytes begin at buf: leaves c SENDING or PARKED; or QUEUED, then the
+ * request is not consumed. */
 void fcas_route(fcas_engine *e, fcas_conn *c, const uint8_t *buf);
 /* Answer with an error of one line; `last` closes afterwards. */
 void fcas_route_error(fcas_engine *e, fcas_conn *c, int status, int last);

@@ -301,6 +301,11 @@ static int route_blob(fcas_engine *e, fcas_conn *c, const uint8_t *buf, const ui
     if (!parse_hash(hex, hash) || !e->has_table || fcas_table_lookup(&e->table, type, hash, &what.place) != FCAS_OK)
         return 404;
     what.size = what.place.length;
+    if (type == FCAS_ENTRY_CHUNK && c->req.peer.len && !c->is_head) {
+        int refused = fcas_slot_admit(e, c, what.place.length, 1);
+        if (refused)
+            return refused;
+    }
     return answer(e, c, buf, &what);
 }
 
@@ -337,9 +342,11 @@ static int route_health(fcas_engine *e, fcas_conn *c)
 
 /* ---- what the owner answers ---- */
 
-static int park(fcas_engine *e, fcas_conn *c, const uint8_t *buf)
+static int park(fcas_engine *e, fcas_conn *c, const uint8_t *buf, int is_next)
 {
     const fcas_http_request *r = &c->req;
+    if (is_next && r->peer.len && !c->is_head && fcas_slot_admit(e, c, e->next_bytes, 0) == FCAS_SLOT_QUEUED)
+        return FCAS_SLOT_QUEUED;
     if (e->n_parked >= e->config.max_parked)
         return 503;
     fcas_parked *p = malloc(sizeof *p + r->path.len + r->query.len + r->peer.len);
@@ -392,11 +399,11 @@ void fcas_route(fcas_engine *e, fcas_conn *c, const uint8_t *buf)
         uint8_t hash[32];
         if ((n == 7 + HEX_LEN || (n == 12 + HEX_LEN && memcmp(path + 7 + HEX_LEN, "/next", 5) == 0)) &&
             parse_hash(path + 7, hash))
-            status = park(e, c, buf);
+            status = park(e, c, buf, n != 7 + HEX_LEN);
     } else if (n == 7 && no_query && memcmp(path, "/health", 7) == 0) {
         status = route_health(e, c);
     }
-    if (status)
+    if (status && status != FCAS_SLOT_QUEUED)
         fcas_route_error(e, c, status, 0);
 }
 
@@ -474,6 +481,7 @@ fcas_status fcas_engine_respond_chunk(fcas_engine *e, uint64_t handle, const uin
     if (!e->has_table || fcas_table_lookup(&e->table, FCAS_ENTRY_CHUNK, hash, &what.place) != FCAS_OK)
         return FCAS_E_CORRUPT;
     what.size = what.place.length;
+    e->next_bytes = what.place.length;
     c->close_after |= (uint8_t)e->draining;
     if (answer(e, c, NULL, &what) != 0)
         return FCAS_E_CORRUPT;

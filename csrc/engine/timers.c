@@ -100,8 +100,9 @@ int fcas_wake_after(fcas_engine *e, int64_t ns)
 void fcas_wake_fired(fcas_engine *e)
 {
     uint64_t count;
-    if (read(e->wake, &count, sizeof count) == (ssize_t)sizeof count)
-        e->wake_ns = 0;
+    ssize_t  n = read(e->wake, &count, sizeof count);
+    (void)n;
+    e->wake_ns = 0;
     e->limit_sleeps = 0;
 }
 

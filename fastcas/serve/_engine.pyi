@@ -72,6 +72,7 @@ class Engine:
         stall_s: float = ...,
         min_rate_Bps: int = ...,
         bucket_fd: int = -1,
+        upload_slots: int = 0,
         max_per_source: int = 0,
         own_prefixes: Iterable[str] = (),
         min_rate_window_s: float = ...,
@@ -96,6 +97,8 @@ class Engine:
             min_rate_Bps: Averaged over min_rate_window_s; slower connections are reset. 0 = none.
             min_rate_window_s: See above.
             bucket_fd: Upload limit shared with other engines (`Bucket`), borrowed; -1 = none.
+            upload_slots: Chunks sent at once for requests with Fastcas-Peer, at most 64; further ones wait, or are told
+                "busy" when too much waits. 0 = no such rules.
             max_per_source: Connections of one IPv4 address or IPv6 /64, more get 503 and are closed; 0 = any number.
             own_prefixes: At most 16 networks ("10.0.0.0/8") that, like loopback, are exempt from max_per_source.
             accept_pause_s: After running out of file descriptors.

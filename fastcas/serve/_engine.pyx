@@ -70,6 +70,7 @@ cdef extern from "engine/engine.h" nogil:
         int64_t rate_window_ns
         uint32_t min_rate
         fcas_bucket *bucket
+        uint32_t slots
         uint32_t max_per_source
         const fcas_prefix *own
         uint32_t n_own
@@ -179,6 +180,7 @@ cdef class Engine:
         double stall_s=limits.STALL_S,
         uint32_t min_rate_Bps=limits.MIN_RATE_BPS,
         int bucket_fd=-1,
+        uint32_t upload_slots=0,
         uint32_t max_per_source=0,
         own_prefixes=(),
         double min_rate_window_s=limits.MIN_RATE_WINDOW_S,
@@ -211,6 +213,7 @@ cdef class Engine:
         config.stall_ns = <int64_t>(stall_s * 1e9)
         config.rate_window_ns = <int64_t>(min_rate_window_s * 1e9)
         config.min_rate = min_rate_Bps
+        config.slots = upload_slots
         config.max_per_source = max_per_source
         config.own = self._own
         config.n_own = self._take_prefixes(own_prefixes)

@@ -26,6 +26,8 @@ from fastcas.limits import (
     PER_SOURCE_MIN,
     RESERVED_FDS,
     TICK_S,
+    UPLOAD_SLOTS,
+    UPLOAD_SLOTS_MIN,
 )
 from fastcas.serve._engine import DRAINED, Engine, Gone, Sent, Withdrawn
 from fastcas.serve.swarm import SwarmService
@@ -149,6 +151,7 @@ class Worker:
             counter_slot=self._slot,
             send_path=config.get("send_path", "auto"),
             bucket_fd=fds[START_FDS] if len(fds) > START_FDS else -1,
+            upload_slots=_share(UPLOAD_SLOTS, workers, UPLOAD_SLOTS_MIN),
             max_per_source=_share(CONNECTIONS_PER_SOURCE, workers, PER_SOURCE_MIN),
             own_prefixes=config.get("own_prefixes", ()),
             max_connections=_connections_max(),

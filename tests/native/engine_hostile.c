@@ -1,6 +1,6 @@
 /* The serve engine under hostile clients, with the sanitizers, in one thread: the engine's clock is ours.
  *
- *   engine_hostile SEED STEPS FOLDER      (FASTCAS_TRUNCATE set: blobs are cut short as well)
+ *   engine_hostile SEED STEPS FOLDER
  *
  * Clients send requests whole, in pieces and pipelined, garbage, half-close, reset, stop reading; the owner answers
  * parked requests late, swaps tables, removes chunks and advances the epoch, shortens and removes blobs,
@@ -288,8 +288,8 @@ static void ask(client *c)
     default:
         chunk_key(blob, i, key);
         hex_of(key, hex);
-        n = snprintf(line, sizeof line, "%s /chunks/%s HTTP/1.1\r\nHost: x\r\n%s\r\n", rnd(10) ? "GET" : "HEAD", hex,
-                     rnd(10) ? "" : "If-None-Match: \"zz\", *\r\n");
+        n = snprintf(line, sizeof line, "%s /chunks/%s HTTP/1.1\r\nHost: x\r\n%s%s\r\n", rnd(10) ? "GET" : "HEAD", hex,
+                     rnd(10) ? "" : "If-None-Match: \"zz\", *\r\n", rnd(3) ? "" : "Fastcas-Peer: cd\r\n");
         want = (expected){.blob = blob, .at = (uint64_t)i * CHUNK_SIZE, .length = CHUNK_SIZE, .kind = line[0] == 'H' ? 2 : 0};
     }
     memcpy(c->out + c->out_n, line, (size_t)n);
@@ -450,9 +450,11 @@ static void shake(fcas_engine *e, int copies)
         fcas_table_advance(&writer);
         break;
     case 2:
-        if (copies && getenv("FASTCAS_TRUNCATE")) { /* with sendfile, bytes in a socket's queue are the file's own pages */
-            uint64_t to = (uint64_t)rnd(BLOB_SIZE >> 12) << 12;
-            if (truncate(blobs[b].path, (off_t)to) != 0 && errno != ENOENT)
+        if (copies) { /* with sendfile, bytes in a socket's queue are the file's own pages */
+            off_t       to = (off_t)rnd(BLOB_SIZE >> 12) << 12;
+            struct stat facts;
+            /* Shorter only: truncate() to more than the size puts zeros where the chunks were. */
+            if (stat(blobs[b].path, &facts) == 0 && to < facts.st_size && truncate(blobs[b].path, to) != 0)
                 die("truncate");
             damaged = 1;
         }
@@ -499,7 +501,14 @@ int main(int argc, char **argv)
                                  .copy_max = 8192, .max_connections = N_CLIENTS - 4, .max_cached = 3, .max_parked = 6,
                                  .header_ns = 10000000000, .idle_ns = 60000000000, .stall_ns = 30000000000,
                                  .rate_window_ns = 60000000000, .min_rate = 1024, .accept_pause_ns = 100000000,
-                                 .counters = counters};
+                                 .slots = rnd(3), .max_per_source = 3, .counters = counters};
+    fcas_bucket bucket = {0};
+    int         bucket_fd = memfd_create("bucket", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (bucket_fd < 0 || fcas_bucket_create(bucket_fd, 20000000) != FCAS_OK ||
+        fcas_bucket_map(&bucket, bucket_fd) != FCAS_OK)
+        die("bucket");
+    if (rnd(2))
+        config.bucket = &bucket;
     fcas_engine *e;
     if (fcas_engine_create(&e, &config, now) != FCAS_OK)
         die("create");
@@ -562,6 +571,8 @@ int main(int argc, char **argv)
     int clean = !stats.connections && !stats.sending && !stats.parked && !stats.inputs && !stats.in_flight &&
                 stats.cached <= config.max_cached;
     fcas_engine_destroy(e);
+    fcas_bucket_unmap(&bucket);
+    close(bucket_fd);
     fcas_table_unmap(&writer);
     close(table_fd);
     close(listener);
