@@ -93,22 +93,22 @@ def fetch_and_kill(link: str, peers: list[str], out: Path, victim: Node, work: P
     for peer in peers:
         command += ["--peer", peer]
     killed_at = -1.0
-    final: dict = {}
+    errors: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
-        for line in process.stdout:
-            event = json.loads(line)
-            if "progress" in event:
-                share = event["progress"]["done"] / max(event["progress"]["total"], 1)
-                if killed_at < 0 and share >= 0.5:
-                    victim.kill()
-                    killed_at = share
-            else:
-                final = event
-        errors = process.stderr.read()
+        for line in process.stderr:
+            if not line.startswith('{"progress":'):
+                errors.append(line)
+                continue
+            progress = json.loads(line)["progress"]
+            share = progress["done"] / max(progress["total"], 1)
+            if killed_at < 0 and share >= 0.5:
+                victim.kill()
+                killed_at = share
+        result = process.stdout.read()
     if process.returncode:
-        raise SystemExit(f"demo: fastcas get ended with {process.returncode}:\n{errors}")
-    return final, killed_at
+        raise SystemExit(f"demo: fastcas get ended with {process.returncode}:\n{''.join(errors)}")
+    return json.loads(result), killed_at
 
 
 def run(size: int, work: Path) -> Outcome:

@@ -38,7 +38,7 @@ def _storage_option(function: F) -> F:
 
 
 def _json_option(function: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout")(function)
+    return click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout; progress as JSON lines on stderr")(function)
 
 
 def _network_options(function: F) -> F:

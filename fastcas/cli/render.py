@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from fastcas.ids import escape_for_terminal
 
 __all__ = ["ProgressShow", "bytes_text", "print_json", "print_line", "print_table"]
+
+JSON_EVERY_S = 0.5
+JSON_STEPS = 20  # a line at each twentieth of the whole, too, however fast it comes
 
 
 def print_line(text: str) -> None:
@@ -20,10 +23,11 @@ def print_line(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def print_json(values: dict[str, Any]) -> None:
-    """Write one JSON object as one line."""
-    sys.stdout.write(json.dumps(values, separators=(",", ":")) + "\n")
-    sys.stdout.flush()
+def print_json(values: dict[str, Any], stream: TextIO | None = None) -> None:
+    """Write one JSON object as one line, to stdout unless another stream is named."""
+    out = stream or sys.stdout
+    out.write(json.dumps(values, separators=(",", ":")) + "\n")
+    out.flush()
 
 
 def bytes_text(count: float) -> str:
@@ -43,12 +47,8 @@ def print_table(rows: list[list[str]]) -> None:
         print_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-JSON_EVERY_S = 0.5
-JSON_STEPS = 20  # a line at each twentieth of the whole, too, however fast it comes
-
-
 class ProgressShow:
-    """Shows progress: JSON lines on stdout with `--json`, a bar on a terminal, else nothing.
+    """Shows progress on stderr: JSON lines with `--json`, a bar on a terminal, else nothing.
 
     Used as a context manager; calling it takes an interim answer.
     """
@@ -87,7 +87,7 @@ class ProgressShow:
             part = JSON_STEPS * values["done"] // max(values["total"], 1)
             if now - self._last_s >= JSON_EVERY_S or part != self._last_part:
                 self._last_s, self._last_part = now, part
-                print_json({"progress": values})
+                print_json({"progress": values}, sys.stderr)
         elif self._bar is not None:
             waiting = values.get("waiting_on") or ""
             note = f"waiting for {escape_for_terminal(waiting)}" if waiting else f"{values.get('peers', 0)} peers"

@@ -109,7 +109,7 @@ def test_one_of_three_nodes_is_killed_while_it_is_fetched_from(tmp_path: Path) -
         )  # fmt: skip
         assert process.stdout is not None and process.stderr is not None
         with process.stdout, process.stderr:
-            while json.loads(read_line(process.stdout, 60))["progress"]["done"] < 2 * MIB:
+            while json.loads(read_line(process.stderr, 60))["progress"]["done"] < 2 * MIB:
                 pass
             nodes[1].kill()
             rest = process.stdout.read().splitlines()
@@ -136,7 +136,7 @@ def test_interrupted_get_exits_7_names_the_command_and_resumes(tmp_path: Path, t
         )
         assert process.stdout is not None and process.stderr is not None
         with process.stdout, process.stderr:
-            while json.loads(read_line(process.stdout, 60))["progress"]["done"] < 4 * MIB:
+            while json.loads(read_line(process.stderr, 60))["progress"]["done"] < 4 * MIB:
                 pass
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 7
@@ -221,7 +221,7 @@ def test_part_file_is_served_while_it_grows(tmp_path: Path) -> None:
         )  # fmt: skip
         assert feeding.stdout is not None and feeding.stderr is not None
         with feeding.stdout, feeding.stderr:
-            while json.loads(read_line(feeding.stdout, 60))["progress"]["done"] < 2 * MIB:
+            while json.loads(read_line(feeding.stderr, 60))["progress"]["done"] < 2 * MIB:
                 pass
             # The link without its peer: only the middle node is known to the last one at first.
             bare = link.partition("&peer=")[0]

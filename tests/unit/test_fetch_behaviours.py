@@ -92,7 +92,7 @@ def test_peer_that_always_cuts_short_is_given_up_although_bytes_arrive(
 ) -> None:
     async def work() -> None:
         async with Peer(CONTENT, behaviour=behaviour) as evil:
-            with pytest.raises(ChunkNotFound, match=f"{evil.addr}: chunk [0-9a-f]+: {what}.*3rd time in a row"):
+            with pytest.raises(ChunkNotFound, match=f"{evil.addr}: chunk [0-9a-f]+: {what}"):
                 await get(evil.link(), tmp_path / "out")
 
     run(work)
