@@ -51,6 +51,8 @@ ACCEPT_PAUSE_S = 0.1  # after running out of file descriptors
 EVENTS_PER_RUN = 512  # socket events before the event loop has its turn
 TICK_S = 0.25  # deadlines and heartbeat of a worker
 SWARM_POLL_S = 0.02  # how often a parked /swarm request looks for news
+NEXT_TRIAL_S = 5.0  # a taker of NEXT whose data port has not answered by then loses its marks
+NEXT_TRIALS_PER_SOURCE = 8  # marks of such takers per source address
 PEER_REPORT_S = 10.0  # a caller with port and id is reported to the agent at most this often per file
 WORKERS_MAX = 256
 

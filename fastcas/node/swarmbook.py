@@ -1,8 +1,9 @@
 """Who asked this node about a file: callers that gave a data port, once they answered a health check there.
 
 They become the `peers` that workers tell others about (`swarm` snapshot): at most 50 per file, forgotten 15 minutes
-after they were last seen. Only a caller's own source address is ever dialled, at most 16 at a time and one address
-not more often than every 30 s, so that nobody can aim our checks at somebody else.
+after they were last seen, or once they are silent for 20 s and do not answer another health check. Only a caller's own
+source address is ever dialled, at most 16 at a time and one address not more often than every 30 s, so that nobody can
+aim our checks at somebody else.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ CHECK_S = 3.0
 CHECKS_MAX = 16
 AGAIN_S = 30.0
 KEEP_S = 900.0
-SWEEP_S = 60.0
+SWEEP_S = 10.0
+SILENT_S = 20.0
 PUBLISH_S = 0.2  # changes within this time go out together
 FILES_MAX = 16_384
 ADDRESSES_MAX = 65_536
@@ -132,7 +134,31 @@ class SwarmBook:
                 del self._files[file_hash]
         if changed:
             self._changed()
+        self._recheck()
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+
+    def _recheck(self) -> None:
+        """Ask those again who have been silent, a few at a time, the longest unasked first."""
+        now = self._clock()
+        silent = {a for peers in self._files.values() for a in peers}
+        silent -= {a for peers in self._files.values() for a, (_, at) in peers.items() if now - at < SILENT_S}
+        due = [a for a in silent if now - self._checked.get(a, (float("-inf"), False))[0] >= AGAIN_S]
+        due.sort(key=lambda a: self._checked.get(a, (float("-inf"), False))[0])
+        for address in due[: max(CHECKS_MAX - len(self._tasks), 0)]:
+            self._checked[address] = (now, True)
+            task = asyncio.get_running_loop().create_task(self._check_again(address))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _check_again(self, address: Address) -> None:
+        if await _is_healthy(address):
+            return
+        log.debug("peer is gone ip=%s port=%d", *address)
+        self._checked[address] = (self._clock(), False)
+        for file_hash, peers in list(self._files.items()):
+            if peers.pop(address, None) is not None and not peers:
+                del self._files[file_hash]
+        self._changed()
 
     def _changed(self) -> None:
         if self._timer is None:
@@ -141,9 +167,7 @@ class SwarmBook:
     def _publish_now(self) -> None:
         self._timer = None
         # Proven manifests come from the table, which changes with the store; here only peers are told.
-        self._publish(
-            {file_hash: {"peers": self.peers_of(file_hash), "manifests": []} for file_hash in self._files}
-        )
+        self._publish({file_hash: {"peers": self.peers_of(file_hash), "manifests": []} for file_hash in self._files})
 
     async def close(self) -> None:
         """End the checks. Idempotent."""

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgpack
 
 from fastcas.limits import PEER_REPORT_S, SWARM_PEERS_MAX, SWARM_POLL_S
-from fastcas.serve.query import BadQuery, SwarmQuery, parse_swarm_query, parse_target
+from fastcas.serve.query import BadQuery, Caller, SwarmQuery, parse_swarm_query, parse_target
+from fastcas.serve.takers import Takers
 
 if TYPE_CHECKING:
     from fastcas.serve._engine import Engine, Parked
@@ -61,6 +62,16 @@ class _Waiting:
     timer: asyncio.TimerHandle
 
 
+class _Claim(NamedTuple):
+    """A chunk of NEXT on its way, marked on the board: for whom."""
+
+    file_hash: bytes
+    manifest_hash: bytes
+    chunk: int
+    caller: Caller
+    ip: str
+
+
 class SwarmService:
     """Answers the parked requests of one worker's engine."""
 
@@ -95,7 +106,8 @@ class SwarmService:
         self._swarm: dict[bytes, SwarmEntry] = {}
         self._waiting: dict[int, _Waiting] = {}
         self._poll: asyncio.TimerHandle | None = None
-        self._claims: dict[int, tuple[bytes, int]] = {}
+        self._takers = Takers(board, clock) if board is not None else None
+        self._claims: dict[int, _Claim] = {}
         self._callers: dict[tuple[str, int, bytes], float] = {}
         self._complete: dict[bytes, tuple[float, _State]] = {}
         self._closed = False
@@ -122,6 +134,8 @@ class SwarmService:
     def set_swarm(self, swarm: dict[bytes, SwarmEntry]) -> None:
         """Name these peers and manifests from now on."""
         self._swarm = swarm
+        if self._takers is not None:
+            self._takers.set_swarm(swarm)
 
     def table_changed(self) -> None:
         """A new chunk table is in use: what was computed from the old one is void."""
@@ -157,10 +171,18 @@ class SwarmService:
         claim = self._claims.pop(handle, None)
         if claim is None:
             return
+        if self._board is None or self._takers is None:
+            return
         if ok:
             self.n_given += 1
-        elif self._board is not None:
-            self._board.clear(*claim)
+            self._takers.mark(claim.file_hash, claim.caller, claim.ip, claim.manifest_hash, claim.chunk)
+        else:
+            self._board.clear(claim.manifest_hash, claim.chunk)
+
+    def tick(self) -> None:
+        """Let the trials of unproven takers end; call it a few times a second."""
+        if self._takers is not None and self._takers.on_trial:
+            self._takers.expire()
 
     def gone(self, handle: int) -> None:
         """The connection of a parked request died."""
@@ -188,7 +210,13 @@ class SwarmService:
             "logs": len(self._logs),
             "swarms": len(self._swarm),
             "given": self.n_given,
+            "lost": self.n_lost,
         }
+
+    @property
+    def n_lost(self) -> int:
+        """Marks of NEXT taken back because their taker is gone or never answered."""
+        return self._takers.n_lost if self._takers is not None else 0
 
     # --- the map ---
 
@@ -357,13 +385,13 @@ class SwarmService:
         if chunk is None:
             self._engine.respond(parked.handle, 204, _NO_STORE)
             return
-        if query.caller is None:
-            board.clear(manifest_hash, chunk)  # somebody who will not pass it on gets it unmarked
+        caller, takers = query.caller, self._takers
+        if caller is not None and takers is not None and takers.may_mark(file_hash, caller, parked.ip):
+            self._claims[parked.handle] = _Claim(file_hash, manifest_hash, chunk, caller, parked.ip)
         else:
-            self._claims[parked.handle] = (manifest_hash, chunk)
+            board.clear(manifest_hash, chunk)  # somebody who will not pass it on gets it unmarked
         if not self._send_chunk(parked.handle, manifest_hash, chunk):
-            if query.caller is not None:
-                self.sent(parked.handle, False)
+            self.sent(parked.handle, False)
             self._not_here(parked.handle)
 
     def _send_chunk(self, handle: int, manifest_hash: bytes, chunk: int) -> bool:

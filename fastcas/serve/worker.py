@@ -207,7 +207,9 @@ class Worker:
         self._tick = self._loop.call_later(TICK_S, self._on_tick)
         self._engine.tick()
         if self._counters is not None and self._swarm is not None:
+            self._swarm.tick()
             self._counters.set(self._slot, "next_given", self._swarm.n_given)
+            self._counters.set(self._slot, "next_lost", self._swarm.n_lost)
 
     def _report(self, message: dict[str, Any]) -> None:
         if self._events is not None and not self._events.push(msgpack.packb(message)):

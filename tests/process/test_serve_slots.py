@@ -10,7 +10,7 @@ import pytest
 from fastcas.errors import UsageError
 from fastcas.table import Bucket
 from tests.process.test_serve_engine import REQUEST, Served, served
-from tests.support.serve_rig import content, read_response
+from tests.support.serve_rig import content
 
 pytestmark = pytest.mark.slow
 

@@ -6,12 +6,14 @@ import contextlib
 import hashlib
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import pytest
 
+from fastcas.limits import NEXT_TRIALS_PER_SOURCE
 from fastcas.metadata import Manifest
 from fastcas.table import HaveLog, write_swarm
 from tests.support.serve_rig import BUDGET_S, NODE_ID, Rig, content, manifest_of, read_response, rig, wait_until
@@ -41,6 +43,22 @@ def next_chunk(made: Rig, worker: int, manifest: Manifest, query: str = "") -> t
     with made.workers[worker].connect() as sock:
         ask(sock, f"/swarm/{manifest.file_hash.hex()}/next?m={manifest.manifest_hash.hex()}{query}")
         return read_response(sock)
+
+
+def prove(made: Rig, manifest: Manifest, peers: list[tuple[str, str, int]]) -> None:
+    """Publish peers whose data ports answered, and wait until every worker knows them."""
+    fd = write_swarm({manifest.file_hash: {"peers": peers, "manifests": []}})
+    with open(fd, "rb"):
+        for worker in made.workers:
+            worker.channel.send({"op": "swarm"}, [fd])
+    for worker in made.workers:
+
+        def is_known(connect: Callable[[], socket.socket] = worker.connect) -> bool:
+            with connect() as sock:
+                ask(sock, f"/swarm/{manifest.file_hash.hex()}")
+                return [tuple(p) for p in msgpack.unpackb(read_response(sock)[2])["peers"]] == peers
+
+        wait_until(is_known, "snapshot in use")
 
 
 def publish_log(made: Rig, manifest: Manifest) -> HaveLog:
@@ -230,6 +248,7 @@ def test_next_hands_out_every_chunk_once_over_two_workers(tmp_path: Path) -> Non
         data = content(100 * 16384 - 5)
         manifest = made.store.add_file(data)
         made.publish()
+        prove(made, manifest, [(CALLER, "127.0.0.1", 9001)])
         given: list[list[int]] = [[], []]
         wrong: list[object] = []
 
@@ -268,6 +287,36 @@ def test_next_from_respects_its_first_chunk(tmp_path: Path) -> None:
         assert next_chunk(made, 0, manifest, f"&from=7{caller}")[0] == 204
         assert next_chunk(made, 0, manifest, f"&from=10{caller}")[0] == 204
         assert next_chunk(made, 0, manifest, caller)[0] == 200
+
+
+def test_next_marks_few_chunks_for_a_caller_that_has_not_answered_yet(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        manifest = made.store.add_file(content(40 * 16384))
+        made.publish()
+        for _ in range(30):
+            assert next_chunk(made, 0, manifest, f"&port=9001&id={CALLER}")[0] == 200
+
+        def n_marked() -> int:
+            return sum(made.board.is_given(manifest.manifest_hash, i) for i in range(40))
+
+        assert n_marked() <= NEXT_TRIALS_PER_SOURCE
+        wait_until(lambda: n_marked() == 0, "its trial is over")
+        assert made.worker.count("next_lost") <= NEXT_TRIALS_PER_SOURCE
+
+
+def test_marks_of_a_taker_that_is_gone_are_taken_back(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        manifest = made.store.add_file(content(10 * 16384))
+        made.publish()
+        prove(made, manifest, [(CALLER, "127.0.0.1", 9001), ("ee" * 20, "127.0.0.1", 9002)])
+        for port, node_id in ((9001, CALLER), (9002, "ee" * 20)) * 5:
+            assert next_chunk(made, 0, manifest, f"&port={port}&id={node_id}")[0] == 200
+        assert next_chunk(made, 0, manifest, f"&port=9001&id={CALLER}")[0] == 204
+        prove(made, manifest, [("ee" * 20, "127.0.0.1", 9002)])
+        wait_until(lambda: made.worker.count("next_lost") == 5, "marks taken back")
+        for _ in range(5):
+            assert next_chunk(made, 0, manifest, f"&port=9002&id={'ee' * 20}")[0] == 200
+        assert next_chunk(made, 0, manifest, f"&port=9002&id={'ee' * 20}")[0] == 204
 
 
 def test_next_leaves_the_chunk_unmarked_without_a_caller(tmp_path: Path) -> None:
