@@ -126,6 +126,8 @@ fcas_send_result fcas_send(fcas_engine *e, fcas_conn *c, uint64_t *turn)
             continue;
         if (errno == EAGAIN)
             return keep_memory(c) == 0 ? SEND_BLOCKED : SEND_FAILED;
+        if (errno == ETIMEDOUT) /* the kernel's TCP_USER_TIMEOUT saw the stall first */
+            fcas_engine_count(e, FCAS_CTR_EVICT_STALL, 1);
         if (c->blob && (errno == EFAULT || errno == EIO)) {
             int cause = errno;
             if (fcas_cache_check(e, c->blob, c->body_at + c->body_left))
