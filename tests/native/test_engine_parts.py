@@ -1,18 +1,23 @@
-"""Sources of connections and their cap, in C under ASan and UBSan."""
+"""Parts of the engine in C under ASan and UBSan: sources of connections and their cap; progress checks."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_who_shares_a_source_and_who_is_exempt(tmp_path: Path) -> None:
-    program = tmp_path / "engine_source"
+@pytest.mark.parametrize("name", ["engine_source", "engine_clock"])
+def test_part_of_the_engine(tmp_path: Path, name: str) -> None:
+    program = tmp_path / name
     flags = ["-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     warnings = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wstrict-prototypes", "-Werror"]
-    sources = [ROOT / "tests/native/engine_source.c", ROOT / "csrc/engine/source.c"]
+    sources = [ROOT / f"tests/native/{name}.c", ROOT / "csrc/http/parser.c"]
+    for room in ("engine", "table", "common"):
+        sources += sorted((ROOT / "csrc" / room).glob("*.c"))
     subprocess.run(["cc", *flags, *warnings, f"-I{ROOT / 'csrc'}", "-o", program, *sources], check=True)
     done = subprocess.run([program], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
