@@ -1,5 +1,6 @@
-/* One writer and four readers on one chunk table, for a thread sanitizer: lookups, replacements, removals, blobs,
- * and moves to new tables, all at once; beside it one ring, one have log and one given board.
+/* One writer and eight readers on one chunk table, for a thread sanitizer: lookups, replacements, removals, blobs,
+ * and moves to new tables, all at once; beside it one ring, one have log, one given board and counter slots: each
+ * reader counts in its own and all sum over them.
  *
  * All threads work through the same mappings: a sanitizer knows memory by its address, and would not see that two
  * mappings of one memfd are the same bytes. What is private to a process (cursors, bits) is private to a thread.
@@ -15,12 +16,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "table/counters.h"
 #include "table/given.h"
 #include "table/havelog.h"
 #include "table/ring.h"
 #include "table/table.h"
 
-enum { N_KEYS = 2000, N_READERS = 4, N_TABLES = 512, N_GIVEN = 5000, N_HAVE = 200000 };
+enum { N_KEYS = 2000, N_READERS = 8, N_TABLES = 512, N_GIVEN = 5000, N_HAVE = 200000 };
 
 #define DIE(...)                                                                                                       \
     do {                                                                                                               \
@@ -37,6 +39,7 @@ static _Atomic int current;
 static fcas_ring ring_view;
 static fcas_havelog have_view;
 static fcas_given given;
+static fcas_counter_slot *slots; /* one per reader */
 static _Atomic uint32_t latest_blob; /* relaxed: it must not order what the table has to order by itself */
 static _Atomic uint64_t n_pushed, n_popped, n_claimed, n_lookups;
 
@@ -134,8 +137,24 @@ static void check_place(uint32_t k, const fcas_place *p)
         DIE("key %u: torn place %llu %u %u", k, (unsigned long long)p->offset, p->length, p->blob);
 }
 
+/* Count one round in our slot, and check that no slot goes back and that what is announced last is counted. */
+static void count_round(uint32_t own, uint64_t round, uint64_t seen[N_READERS])
+{
+    fcas_count(&slots[own], FCAS_CTR_REQUESTS, 1);
+    fcas_count(&slots[own], FCAS_CTR_BYTES_SENT, 65);
+    fcas_gauge(&slots[own], FCAS_CTR_EPOCH_SAFE, round);
+    for (uint32_t i = 0; i < N_READERS; i++) {
+        uint64_t announced = atomic_load_explicit(&slots[i].v[FCAS_CTR_EPOCH_SAFE], memory_order_acquire);
+        uint64_t requests = atomic_load_explicit(&slots[i].v[FCAS_CTR_REQUESTS], memory_order_relaxed);
+        if (requests < announced || requests < seen[i])
+            DIE("slot %u: %llu requests after %llu", i, (unsigned long long)requests, (unsigned long long)announced);
+        seen[i] = requests;
+    }
+}
+
 static void *read_table(void *seed)
 {
+    uint64_t round = 0, requests_seen[N_READERS] = {0};
     uint64_t rng = 1 + (uint64_t)(uintptr_t)seed * 2654435761u;
     fcas_havelog have = have_view;
     uint8_t bits[(N_HAVE + 7) / 8] = {0};
@@ -179,6 +198,7 @@ static void *read_table(void *seed)
         }
         seen = generation;
         atomic_fetch_add(&n_lookups, 65);
+        count_round((uint32_t)(uintptr_t)seed - 1, ++round, requests_seen);
     }
     return NULL;
 }
@@ -243,11 +263,15 @@ int main(int argc, char **argv)
     int ring_fd = new_memfd("stress-ring");
     int given_fd = new_memfd("stress-given");
     int have_fd = new_memfd("stress-have");
+    int counters_fd = new_memfd("stress-counters");
+    uint32_t n_slots = 0;
     int ring_event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (ring_event < 0 || fcas_ring_create(ring_fd, 65536) != FCAS_OK ||
         fcas_ring_map(&ring_view, ring_fd, ring_event) != FCAS_OK ||
         fcas_given_create(given_fd, 16, 4096, secret) != FCAS_OK || fcas_given_map(&given, given_fd) != FCAS_OK ||
-        fcas_havelog_create(&have_view, have_fd, keys[0], keys[1], N_HAVE) != FCAS_OK)
+        fcas_havelog_create(&have_view, have_fd, keys[0], keys[1], N_HAVE) != FCAS_OK ||
+        fcas_counters_create(counters_fd, N_READERS) != FCAS_OK ||
+        fcas_counters_map(counters_fd, &slots, &n_slots) != FCAS_OK || n_slots != N_READERS)
         DIE("set-up failed");
     fcas_havelog_append(&have_view, 0);
     pthread_t threads[N_READERS + 3];
@@ -265,6 +289,12 @@ int main(int argc, char **argv)
     uint64_t claimed = atomic_load(&n_claimed);
     if (claimed > N_GIVEN || atomic_load(&n_popped) > atomic_load(&n_pushed))
         DIE("claimed %llu of %d", (unsigned long long)claimed, N_GIVEN);
+    uint64_t counted = 0;
+    for (uint32_t i = 0; i < N_READERS; i++)
+        counted += atomic_load(&slots[i].v[FCAS_CTR_BYTES_SENT]);
+    if (counted != atomic_load(&n_lookups))
+        DIE("counted %llu of %llu", (unsigned long long)counted, (unsigned long long)atomic_load(&n_lookups));
+    fcas_counters_unmap(slots, n_slots);
     for (int i = 0; i < N_TABLES; i++)
         fcas_table_unmap(&tables[i]);
     fcas_ring_unmap(&ring_view);

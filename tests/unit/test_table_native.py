@@ -17,7 +17,7 @@ FLAGS = "-std=c11 -D_GNU_SOURCE -O1 -g -pthread -Wall -Wextra -Wconversion -Wsha
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_one_writer_and_four_readers_are_clean(tmp_path: Path, sanitizer: str) -> None:
+def test_one_writer_and_eight_readers_are_clean(tmp_path: Path, sanitizer: str) -> None:
     compiler = shlex.split(os.environ.get("CC", "gcc"))
     assert shutil.which(compiler[0]), f"{compiler[0]} is needed to build the package, too"
     program = tmp_path / "table_stress"
