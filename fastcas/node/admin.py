@@ -8,8 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from fastcas.errors import PortInUse
 
@@ -19,20 +24,80 @@ REQUEST_S = 5.0
 REQUEST_MAX = 8192
 
 
-def metrics_text(status: dict[str, Any]) -> str:
-    """Return the status as Prometheus text: one counter per name and worker, and the node's own figures."""
-    lines: list[str] = []
+_WORKER_GAUGES = {
+    "active": ("connections", "connections open now"),
+    "epoch_safe": ("epoch_safe", "table epoch that no response in flight is older than"),
+    "epoch_table": ("table_number", "number of the chunk table in use"),
+    "queue_bytes": ("queue_bytes", "bytes of peers' requests that wait to be sent"),
+    "uplink_rate": ("uplink_rate", "measured rate of the uplink, bytes per second, 0 = not known"),
+}
+_FAMILIES = {"status_": ("responses", "status", "responses by status"),
+             "evict_": ("evictions", "cause", "connections closed by us, by cause")}  # fmt: skip
+_RENAMED = {"shortfall": ("shortfalls", "blobs found shorter than their extents, changed or unreadable")}
+
+
+def _store_families(status: dict[str, Any]) -> Iterator[Metric]:
     for name in ("files", "chunks", "logical", "stored", "linked"):
-        lines += [f"# TYPE fastcas_store_{name} gauge", f"fastcas_store_{name} {status['store'].get(name, 0)}"]
-    lines += ["# TYPE fastcas_uptime_seconds gauge", f"fastcas_uptime_seconds {status['uptime_s']:.0f}"]
-    lines += ["# TYPE fastcas_downloads gauge", f"fastcas_downloads {len(status['downloads'])}"]
-    names = sorted({name for worker in status["workers"] for name in worker["counters"]})
-    for name in names:
-        kind = "gauge" if name in ("active", "heartbeat_ns", "epoch_safe", "epoch_table") else "counter"
-        lines.append(f"# TYPE fastcas_worker_{name} {kind}")
-        for worker in status["workers"]:
-            lines.append(f'fastcas_worker_{name}{{slot="{worker["slot"]}"}} {worker["counters"].get(name, 0)}')
-    return "\n".join(lines) + "\n"
+        unit = "" if name in ("files", "chunks") else "_bytes"
+        yield GaugeMetricFamily(f"fastcas_store_{name}{unit}", f"{name} in the store", status["store"].get(name, 0))
+    yield GaugeMetricFamily("fastcas_uptime_seconds", "age of the node's agent", status["uptime_s"])
+    yield GaugeMetricFamily("fastcas_downloads", "downloads that run", len(status["downloads"]))
+    if status["dht"] is not None:
+        yield GaugeMetricFamily("fastcas_dht_contacts", "nodes in the routing table", status["dht"]["contacts"])
+
+
+def _worker_families(workers: list[dict[str, Any]], now_ns: int) -> Iterator[Metric]:
+    families: dict[str, Metric] = {
+        "heartbeat": GaugeMetricFamily(
+            "fastcas_worker_heartbeat_age_seconds", "time since the last turn of the loop", labels=["worker"]
+        )
+    }
+
+    def add(kind: type[Any], name: str, text: str, value: int, slot: str, *, label: str = "", of: str = "") -> None:
+        if name not in families:
+            families[name] = kind(f"fastcas_worker_{name}", text, labels=["worker", label] if label else ["worker"])
+        families[name].add_metric([slot, of] if label else [slot], value)  # type: ignore[attr-defined]
+
+    for worker in workers:
+        slot = str(worker["slot"])
+        for name, value in worker["counters"].items():
+            prefix = next((start for start in _FAMILIES if name.startswith(start)), None)
+            if name == "heartbeat_ns":
+                age_s = max(0, now_ns - value) / 1e9
+                families["heartbeat"].add_metric([slot], age_s)  # type: ignore[attr-defined]
+            elif name in _WORKER_GAUGES:
+                add(GaugeMetricFamily, *_WORKER_GAUGES[name], value, slot)
+            elif prefix is not None:
+                family, label, text = _FAMILIES[prefix]
+                add(CounterMetricFamily, family, text, value, slot, label=label, of=name.removeprefix(prefix))
+            else:
+                shown, text = _RENAMED.get(name, (name, name.replace("_", " ")))
+                add(CounterMetricFamily, shown, text, value, slot)
+    yield from families.values()
+
+
+class _Snapshot(Collector):
+    """One status as metrics: every scrape has a registry of its own, nothing is kept between two."""
+
+    def __init__(self, status: dict[str, Any]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        yield from _store_families(self._status)
+        yield from _worker_families(self._status["workers"], time.monotonic_ns())
+
+
+def metrics_text(status: dict[str, Any]) -> bytes:
+    """Return a status in the Prometheus text format.
+
+    A worker is named by its counter slot, which a successor takes over with the counts: counters never go back.
+
+    Args:
+        status: What `status` of the agent returns.
+    """
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Snapshot(status))
+    return generate_latest(registry)
 
 
 class AdminServer:
@@ -83,5 +148,5 @@ class AdminServer:
             case [b"GET", b"/status", _]:
                 return "200 OK", "application/json", json.dumps(await self._status()).encode()
             case [b"GET", b"/metrics", _]:
-                return "200 OK", "text/plain; version=0.0.4", metrics_text(await self._status()).encode()
+                return "200 OK", CONTENT_TYPE_LATEST, metrics_text(await self._status())
         return "404 Not Found", "text/plain", b"/status and /metrics are here\n"

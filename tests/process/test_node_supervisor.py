@@ -16,6 +16,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.nodes import Node, free_port, run_fastcas, start_node
 from tests.support.waiting import child_of, is_running, wait_until
@@ -217,7 +218,7 @@ def test_hup_replaces_every_worker_without_a_failed_request(tmp_path: Path) -> N
 def test_admin_port_gives_status_and_metrics(tmp_path: Path) -> None:
     port = free_port()
     with start_node(tmp_path / "storage", "--admin-port", str(port)) as node:
-        file_hash, _ = stored(node, tmp_path)
+        file_hash, content = stored(node, tmp_path)
         fetch(node, f"/files/{file_hash}")
         admin = Node(node.process, node.storage, "", "127.0.0.1", port, None, node.log_path)
         status, body = fetch(admin, "/status")
@@ -225,8 +226,17 @@ def test_admin_port_gives_status_and_metrics(tmp_path: Path) -> None:
         assert json.loads(body)["store"]["files"] == 1
         status, body = fetch(admin, "/metrics")
         assert status == 200
-        assert b"fastcas_store_files 1\n" in body
-        assert b'fastcas_worker_bytes_sent{slot="0"} ' in body
+        samples = {
+            (sample.name, *sorted(sample.labels.values())): sample.value
+            for family in text_string_to_metric_families(body.decode())
+            for sample in family.samples
+        }
+        assert samples["fastcas_store_files",] == 1
+        assert samples["fastcas_worker_bytes_sent_total", "0"] >= len(content)
+        assert samples["fastcas_worker_responses_total", "0", "2xx"] >= 1
+        assert samples["fastcas_worker_evictions_total", "0", "stall"] == 0
+        assert samples["fastcas_worker_shortfalls_total", "0"] == 0
+        assert samples["fastcas_worker_heartbeat_age_seconds", "0"] >= 0
         assert fetch(admin, "/elsewhere")[0] == 404
 
 
