@@ -47,6 +47,7 @@ kill-workers: build
 bench: bench-tools
 	$(PY) -m bench.fetch
 	$(PY) -m bench.serve
+	$(PY) -m bench.serve_more
 	$(PY) -m bench.kernels
 	$(PY) -m pytest -q bench/table.py
 
