@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastcas.fetch.client import P2PClient
-    from fastcas.fetch.download import DownloadHooks, DownloadResult, LocalChunks, Progress
+    from fastcas.fetch.download import DownloadHooks, DownloadResult, FetchedTree, LocalChunks, Progress
     from fastcas.fetch.downloader import P2PChunkDownloader
 
 __all__ = [
     "DownloadHooks",
     "DownloadResult",
+    "FetchedTree",
     "LocalChunks",
     "P2PChunkDownloader",
     "P2PClient",
@@ -29,6 +30,7 @@ __all__ = [
 _HOME = {
     "DownloadHooks": "download",
     "DownloadResult": "download",
+    "FetchedTree": "download",
     "LocalChunks": "download",
     "P2PChunkDownloader": "downloader",
     "P2PClient": "client",

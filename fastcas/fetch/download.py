@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -13,8 +13,10 @@ from fastcas.metadata import Manifest
 
 if TYPE_CHECKING:
     from fastcas.peers.discovery import Discovery
+    from fastcas.store.collection import Collection
+    from fastcas.store.types import Identity
 
-__all__ = ["DownloadHooks", "DownloadResult", "LocalChunks", "Progress", "Settings", "download"]
+__all__ = ["DownloadHooks", "DownloadResult", "FetchedTree", "LocalChunks", "Progress", "Settings", "download"]
 
 
 class LocalChunks(Protocol):
@@ -22,6 +24,27 @@ class LocalChunks(Protocol):
 
     def open_extent(self, chunk_hash: bytes) -> tuple[int, int, int] | None:
         """Return (fd, offset, length) of a chunk, or None. The fd stays the provider's, valid until the next call."""
+
+
+@dataclass(frozen=True)
+class FetchedTree:
+    """A collection whose folder is at its place.
+
+    Attributes:
+        path: The folder.
+        name: What the collection is called.
+        collection: What it lists.
+        manifest: Of the collection's content.
+        members: By manifest hash, of packs and large files, as far as they are known.
+        identities: By path, of the large files as they were when they were proven.
+    """
+
+    path: Path
+    name: str
+    collection: Collection
+    manifest: Manifest
+    members: Mapping[bytes, Manifest]
+    identities: Mapping[str, Identity]
 
 
 class DownloadHooks(Protocol):
@@ -34,7 +57,10 @@ class DownloadHooks(Protocol):
         """Chunk `index` is in the part file, checked against its own hash."""
 
     def on_finished(self, path: Path, manifest: Manifest, content_proven: bool) -> None:
-        """The file is at its place; `content_proven`: every link was checked."""
+        """The file is at its place; `content_proven`: every link was checked. Not called for a collection."""
+
+    def on_tree(self, tree: FetchedTree) -> None:
+        """A collection's folder is at its place, whole."""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class FileFetch:
     """One file being fetched. Use `run` once, in the receiver's loop.
 
     Attributes:
+        link: What is fetched.
         is_collection: After `run`: the content is a collection, `part` is open and holds it, nothing was renamed.
         over_folder: The destination is an existing folder.
     """
@@ -66,7 +67,7 @@ class FileFetch:
         self.is_collection = False
         self.over_folder = False
         self.part: PartFile | None = None
-        self._link = link
+        self.link = link
         self._out = out
         self._rng = random.Random()
         self._tasks = TaskSet(f"file {short(link.file_hash)}", self._fail)
@@ -128,7 +129,7 @@ class FileFetch:
 
     async def _destination(self) -> Path:
         """Where a file without a given destination goes: the stored name, made safe."""
-        name = self._link.name
+        name = self.link.name
         if name is None and self.settings.discovery is not None:
             with suppress(FastCASError, TimeoutError):
                 async with asyncio.timeout(NAME_DEADLINE_S + 1):
@@ -146,7 +147,7 @@ class FileFetch:
             self.settings.hooks.on_manifest(manifest, self.part.path)
         if manifest.n_chunks == 0:
             return True
-        trusted = self._link.manifest_hash is not None or giver.source in ("user", "link")
+        trusted = self.link.manifest_hash is not None or giver.source in ("user", "link")
         filling = _Filling(self, manifest, self.part, Chain(manifest, trusted=trusted))
         self._filling = filling
         try:
@@ -192,7 +193,7 @@ class FileFetch:
 
     def _report_waiting(self, waiting_on: str) -> None:
         if self.settings.progress is not None:
-            self.settings.progress(Progress(0, self._link.size or 0, 0.0, 0, waiting_on))
+            self.settings.progress(Progress(0, self.link.size or 0, 0.0, 0, waiting_on))
 
 
 class _Filling:

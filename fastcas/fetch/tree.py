@@ -18,16 +18,18 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from fastcas.errors import DestinationExists, FastCASError, IntegrityError
+from fastcas.errors import DestinationExists, FastCASError, IntegrityError, ManifestCorrupt
 from fastcas.fetch._receiver import rename_noreplace
-from fastcas.fetch.download import DownloadHooks, DownloadResult, Progress
+from fastcas.fetch.download import DownloadHooks, DownloadResult, FetchedTree, Progress
 from fastcas.fetch.filefetch import FileFetch
-from fastcas.fetch.partfile import storage_error
+from fastcas.fetch.partfile import safe_name, storage_error
 from fastcas.ids import Link, escape_for_terminal, short
-from fastcas.limits import COLLECTION_SIZE_MAX
+from fastcas.limits import COLLECTION_SIZE_MAX, MANIFEST_SIZE_MAX
 from fastcas.metadata import Manifest
 from fastcas.store.beneath import beneath, make_dirs_beneath, open_beneath
 from fastcas.store.collection import Collection, FileEntry
+from fastcas.store.core import identity_of
+from fastcas.store.types import Identity
 
 __all__ = ["fetch_tree"]
 
@@ -36,11 +38,11 @@ MODES = {False: 0o644, True: 0o755}
 
 
 class _TreeHooks:
-    """Passes a file's events on; the finished ones are kept back until the folder is at its place."""
+    """Passes a file's events on, but for its end: that is told of the whole folder."""
 
     def __init__(self, outer: DownloadHooks) -> None:
         self._outer = outer
-        self.finished: list[tuple[Path, Manifest, bool]] = []
+        self.unproven: set[Path] = set()
 
     def on_manifest(self, manifest: Manifest, part_path: Path) -> None:
         self._outer.on_manifest(manifest, part_path)
@@ -49,7 +51,11 @@ class _TreeHooks:
         self._outer.on_chunk(index)
 
     def on_finished(self, path: Path, manifest: Manifest, content_proven: bool) -> None:
-        self.finished.append((path, manifest, content_proven))
+        if not content_proven:
+            self.unproven.add(path)
+
+    def on_tree(self, tree: FetchedTree) -> None:
+        raise AssertionError("a collection's files are fetched raw")
 
 
 async def fetch_tree(fetch: FileFetch, content: DownloadResult) -> DownloadResult:
@@ -73,6 +79,8 @@ async def fetch_tree(fetch: FileFetch, content: DownloadResult) -> DownloadResul
     if fetch.over_folder:
         if await asyncio.to_thread(_same_tree, out, collection):
             part.discard()
+            if settings.hooks is not None:
+                settings.hooks.on_tree(FetchedTree(out, _name(fetch, out), collection, content.manifest, {}, {}))
             return replace(content, path=out, size=collection.size)
         if not settings.force:
             part.discard()
@@ -94,6 +102,8 @@ class _Tree:
         self._work = out.with_name(out.name + WORK_SUFFIX)
         self._tree = self._work / "tree"
         self._result = replace(content, path=out, size=collection.size)
+        self._members: dict[bytes, Manifest] = {}
+        self._identities: dict[str, Identity] = {}
         self._started = time.monotonic() - content.seconds
         self._done = 0
         hooks = fetch.settings.hooks
@@ -112,11 +122,12 @@ class _Tree:
         for number, pack in enumerate(collection.packs):
             await self._file(Link(pack.file_hash, pack.manifest_hash), self._work / f"pack-{number}", counts=False)
         await asyncio.to_thread(self._place)
-        if self._hooks is not None and self._fetch.settings.hooks is not None:
-            paths = {self._work / f"file-{number}": entry.path for number, entry in enumerate(collection.files)}
-            for path, manifest, proven in self._hooks.finished:
-                if path in paths:
-                    self._fetch.settings.hooks.on_finished(self._out / paths[path], manifest, proven)
+        if self._fetch.settings.hooks is not None:
+            tree = FetchedTree(
+                self._out, _name(self._fetch, self._out), collection, self._result.manifest, self._members,
+                self._identities,
+            )  # fmt: skip
+            self._fetch.settings.hooks.on_tree(tree)
         self._result.seconds = time.monotonic() - self._started
         return self._result
 
@@ -130,6 +141,8 @@ class _Tree:
             force=True,  # inside our own work folder
         )
         done = await FileFetch(link, path, settings, self._fetch.receiver).run()
+        if self._hooks is not None:
+            await asyncio.to_thread(self._remember, link, path, done.manifest)
         self._done += done.size
         result = self._result
         for peer, n_bytes in done.bytes_by_peer.items():
@@ -149,6 +162,21 @@ class _Tree:
             outer(replace(now, bytes_done=before + now.bytes_done, bytes_total=total))
 
         return report
+
+    def _remember(self, link: Link, path: Path, manifest: Manifest) -> None:
+        """Keep a member's manifest, in a file for another attempt, too. Blocks."""
+        kept = path.with_name(path.name + ".manifest")
+        if manifest.manifest_hash == link.manifest_hash:
+            self._members[manifest.manifest_hash] = manifest
+            try:
+                kept.write_bytes(manifest.data)
+            except OSError as exc:
+                raise storage_error(exc, str(kept), "what was fetched is kept") from exc
+            return
+        with suppress(OSError, ManifestCorrupt), kept.open("rb") as file:  # fetched by an earlier attempt
+            earlier = Manifest.decode(file.read(MANIFEST_SIZE_MAX + 1))
+            if earlier.manifest_hash == link.manifest_hash:
+                self._members[earlier.manifest_hash] = earlier
 
     def _prepare(self) -> None:
         """Make the work folder and every folder of the tree. Blocks."""
@@ -181,7 +209,9 @@ class _Tree:
             for number, entry in enumerate(self._collection.files):
                 with beneath(fd, entry.path) as (folder_fd, name):
                     os.rename(self._work / f"file-{number}", name, dst_dir_fd=folder_fd)
-                _set_mode(fd, entry)
+                identity = _set_mode(fd, entry)
+                if self._hooks is None or self._work / f"file-{number}" not in self._hooks.unproven:
+                    self._identities[entry.path] = identity
             os.fchmod(fd, 0o755)
         except OSError as exc:
             raise storage_error(exc, str(self._work), "what was fetched is kept") from exc
@@ -233,10 +263,17 @@ class _Tree:
             os.replace(self._tree / path, self._out / path)
 
 
-def _set_mode(fd: int, entry: FileEntry) -> None:
+def _name(fetch: FileFetch, out: Path) -> str:
+    """What the collection is called: by its link, else as its folder."""
+    return safe_name(fetch.link.name, out.name)
+
+
+def _set_mode(fd: int, entry: FileEntry) -> Identity:
+    """Set a finished file's mode; returns its identity, which a rename does not change."""
     file = open_beneath(fd, entry.path, os.O_RDONLY)
     try:
         os.fchmod(file, MODES[entry.executable])
+        return identity_of(os.fstat(file))
     finally:
         os.close(file)
 

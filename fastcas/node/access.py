@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fastcas.errors import FastCASError, NetworkError, NodeUnavailable, NoPeers, StoreError, StoreLocked, StoreNotFound
+from fastcas.errors import FastCASError, NetworkError, NodeUnavailable, NoPeers, StoreLocked, StoreNotFound
 from fastcas.ids import Link, PeerAddr, parse_peer, parse_ref, short
 from fastcas.limits import FETCH_TIMEOUT_S
 from fastcas.node.control_client import ControlClient
@@ -22,7 +23,12 @@ from fastcas.peers.discovery import CompositeDiscovery, Discovery, StaticDiscove
 from fastcas.store import Store
 from fastcas.store.paths import shown
 
+if TYPE_CHECKING:
+    from fastcas.fetch import FetchedTree
+
 __all__ = ["Access", "FolderAccess", "NodeAccess", "open_access"]
+
+log = logging.getLogger(__name__)
 
 OnProgress = Callable[[dict[str, Any]], None]
 PEERS_WANT = 64
@@ -190,6 +196,8 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
         for path, manifest, is_proven in hooks.files:
             if is_proven:
                 _remember(store, path, manifest)
+        for tree in hooks.trees:
+            _remember_tree(store, tree)
     return result_to_map(result)
 
 
@@ -202,10 +210,11 @@ def _check_reachable(link: Link, peers: list[PeerAddr], args: dict[str, Any]) ->
 
 
 class _Finished:
-    """Hooks that remember the finished files."""
+    """Hooks that remember what is finished."""
 
     def __init__(self) -> None:
         self.files: list[tuple[Path, Any, bool]] = []
+        self.trees: list[FetchedTree] = []
 
     def on_manifest(self, manifest: Any, part_path: Path) -> None:
         """Nothing is served while it runs."""
@@ -217,12 +226,24 @@ class _Finished:
         """Remember it."""
         self.files.append((path, manifest, content_proven))
 
+    def on_tree(self, tree: FetchedTree) -> None:
+        """Remember it."""
+        self.trees.append(tree)
+
 
 def _remember(store: Store, path: Path, manifest: Any) -> None:
     """Note that a file can be seeded in place; that it cannot is no reason to fail."""
-    import logging
-
     try:
         store.register_linked(path, manifest, path.name, verified=True)
-    except (FastCASError, StoreError) as error:
-        logging.getLogger(__name__).warning("file=%s is not remembered: %s", short(manifest.file_hash), error)
+    except FastCASError as error:
+        log.warning("file=%s is not remembered: %s", short(manifest.file_hash), error)
+
+
+def _remember_tree(store: Store, tree: FetchedTree) -> None:
+    """Keep what serving a collection needs beside its folder; likewise."""
+    try:
+        store.register_tree(
+            tree.path, tree.collection, tree.manifest, tree.name, members=tree.members, identities=tree.identities
+        )
+    except FastCASError as error:
+        log.warning("collection=%s is not remembered: %s", short(tree.manifest.file_hash), error)

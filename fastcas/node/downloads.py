@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcas.errors import FastCASError
+from fastcas.errors import FastCASError, Interrupted
 from fastcas.ids import Link, PeerAddr, short
 from fastcas.metadata import Manifest
 from fastcas.node.announcer import WHOLE, Announcement, Announcer
@@ -27,7 +28,7 @@ from fastcas.peers.discovery import Discovery
 from fastcas.store import Store
 
 if TYPE_CHECKING:
-    from fastcas.fetch import DownloadResult, Progress
+    from fastcas.fetch import DownloadResult, FetchedTree, Progress
 
 __all__ = ["Downloads", "ProgressRelay", "Running", "result_to_map"]
 
@@ -137,11 +138,13 @@ class Downloads:
         self._callers = callers
         self._named_peers = tuple(named_peers)
         self._tasks: set[asyncio.Future[None]] = set()
+        self._closing = threading.Event()
         self._numbers = itertools.count(1)
         self._running: dict[int, Running] = {}
 
     async def close(self) -> None:
         """Wait for nothing more to be registered. Idempotent."""
+        self._closing.set()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -206,6 +209,7 @@ class Downloads:
                 for path, manifest, is_proven in seeding.finished
                 if is_proven
             ]
+            registering += [asyncio.ensure_future(self._register_tree(tree)) for tree in seeding.trees]
             for task in registering:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
@@ -236,3 +240,24 @@ class Downloads:
         self._announcer.announce(
             [Announcement(manifest.file_hash, manifest.manifest_hash, name, manifest.size, WHOLE)]
         )
+
+    async def _register_tree(self, tree: FetchedTree) -> None:
+        """Serve a finished collection. A failure is logged: the user has the folder."""
+        manifest = tree.manifest
+
+        def progress(done: int, total: int) -> None:
+            if self._closing.is_set():
+                raise Interrupted(f"{tree.name}: the node ends; the folder is not seeded")
+
+        try:
+            await self._thread.run(
+                self._store.register_tree, tree.path, tree.collection, manifest, tree.name, members=tree.members,
+                identities=tree.identities, progress=progress,
+            )  # fmt: skip
+        except (FastCASError, OSError) as error:
+            log.warning("finished collection is not seeded path=%s error=%s", tree.path, error)
+            return
+        whole = [Announcement(manifest.file_hash, manifest.manifest_hash, tree.name, manifest.size, WHOLE)]
+        whole += [Announcement(pack.file_hash, pack.manifest_hash, "", pack.size) for pack in tree.collection.packs]
+        whole += [Announcement(file.file_hash, file.manifest_hash, "", file.size) for file in tree.collection.files]
+        self._announcer.announce(whole)

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastcas.errors import FastCASError
 from fastcas.ids import short
@@ -20,6 +20,9 @@ from fastcas.node.publisher import Publish, Publisher
 from fastcas.node.store_thread import StoreThread
 from fastcas.store import Store
 from fastcas.table import HaveLog
+
+if TYPE_CHECKING:
+    from fastcas.fetch import FetchedTree
 
 __all__ = ["Seeding"]
 
@@ -47,6 +50,7 @@ class Seeding:
 
     Attributes:
         finished: [(path, manifest, content_proven)] of the files that are complete.
+        trees: The collections that are.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Seeding:
         self._part: _PartFile | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.finished: list[tuple[Path, Manifest, bool]] = []
+        self.trees: list[FetchedTree] = []
 
     def on_manifest(self, manifest: Manifest, part_path: Path) -> None:
         """Begin to offer a part file; what was offered before goes."""
@@ -85,6 +90,10 @@ class Seeding:
     def on_finished(self, path: Path, manifest: Manifest, content_proven: bool) -> None:
         """Remember a finished file; whoever runs the download registers it."""
         self.finished.append((path, manifest, content_proven))
+
+    def on_tree(self, tree: FetchedTree) -> None:
+        """Remember a collection whose folder is whole; likewise."""
+        self.trees.append(tree)
 
     async def close(self) -> None:
         """Offer nothing more. Idempotent."""

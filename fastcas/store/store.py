@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from fastcas.errors import FileChanged, PermissionDenied, StoreError, StoreFull, StoreNotFound, UsageError
 from fastcas.ids import Link
 from fastcas.metadata import Manifest
+from fastcas.store import adopt as _adopt
 from fastcas.store import ingest as _ingest
 from fastcas.store import linked as _linked
 from fastcas.store import lock as _lock
@@ -19,6 +20,7 @@ from fastcas.store import migrate as _migrate
 from fastcas.store import scrub as _scrub
 from fastcas.store import tree as _tree
 from fastcas.store.catalog import LINKED, OWNED, Catalog
+from fastcas.store.collection import Collection
 from fastcas.store.core import Core
 from fastcas.store.paths import BLOB_DIR, MANIFEST_DIR, QUARANTINE_DIR, Folder, root_of, shown
 from fastcas.store.sources import FileSource, open_user_file
@@ -26,6 +28,7 @@ from fastcas.store.types import (
     Extent,
     FileRow,
     GcReport,
+    Identity,
     MigrateReport,
     Progress,
     StoredFile,
@@ -271,6 +274,37 @@ class Store:
             FileChanged: Size or bytes are not the manifest's.
         """
         return _linked.register_linked(self._core, path, manifest, name, verified=verified)
+
+    def register_tree(
+        self,
+        path: str | os.PathLike[str],
+        collection: Collection,
+        manifest: Manifest,
+        name: str,
+        *,
+        members: Mapping[bytes, Manifest],
+        identities: Mapping[str, Identity],
+        progress: Progress | None = None,
+    ) -> StoredFile:
+        """Serve a collection that was fetched: large files in place, the packs and the collection from owned blobs.
+
+        Args:
+            path: The folder with the collection's files.
+            collection: What it is.
+            manifest: Of the collection's content.
+            name: The name to keep; members get none, and go with the collection.
+            members: By manifest hash, of packs and large files; of one that is missing the automatic shape is tried.
+            identities: By path, of the large files that are proven and need no second look while they have it.
+            progress: Called with (bytes done, bytes total).
+        Raises:
+            FileChanged: The folder's files are not the collection's; nothing of it is served.
+            UsageError: A pack holds bytes of no file.
+            StoreFull, StoreError, NotFound, PermissionDenied: As for `store_tree`; nothing of it is served.
+        Cost: one read and one write of the small files, one commit; no byte of the large files that are proven.
+        """
+        return _adopt.register_tree(
+            self._core, path, collection, manifest, name, members=members, identities=identities, progress=progress
+        )
 
     def add_manifest(self, manifest: Manifest) -> None:
         """Keep a manifest and report it. `gc` drops it again if neither a file nor a part file needs it."""

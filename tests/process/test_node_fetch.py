@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fastcas.store import Store
 from tests.support.nodes import Node, read_line, run_fastcas, start_node
 from tests.support.waiting import wait_until
 
@@ -170,6 +171,67 @@ def test_directory_goes_there_and_back_through_nodes(tmp_path: Path) -> None:
                 copy = out / path.relative_to(tree)
                 assert copy.read_bytes() == path.read_bytes()
                 assert bool(copy.stat().st_mode & 0o100) == bool(path.stat().st_mode & 0o100)
+
+
+def make_collection(root: Path) -> dict[str, bytes]:
+    """Write a folder with small and large files; returns {path: content}."""
+    files = {
+        "big.bin": random.Random(1).randbytes(3 * MIB), "deep/more.bin": random.Random(2).randbytes(200_000),
+        "deep/small.txt": b"small\n", "deep/er/run.sh": b"#!/bin/sh\n", "empty": b"",
+    }  # fmt: skip
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    (root / "deep/er/run.sh").chmod(0o755)
+    return files
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def listed(storage: Path) -> list[dict[str, object]]:
+    done = run_fastcas("ls", "--json", "--storage-dir", str(storage))
+    assert done.returncode == 0, done.stderr
+    result: list[dict[str, object]] = json.loads(done.stdout)["files"]
+    return result
+
+
+@pytest.mark.parametrize("through_node", [True, False], ids=["through a node", "alone"])
+def test_fetched_collection_is_served_again_until_it_is_removed(tmp_path: Path, through_node: bool) -> None:
+    wanted = make_collection(tmp_path / "tree")
+    mine = tmp_path / "mine"
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(start_node(tmp_path / "a"))
+        stored = store(first, tmp_path / "tree", "--parity", "4+2", "--chunk-size", "16KiB")
+        link = str(stored["link"])
+        if through_node:
+            second = stack.enter_context(start_node(mine))
+        else:
+            with Store.open(mine, create=True):
+                pass
+        get(link, "-o", str(tmp_path / "m2"), "--storage-dir", str(mine))
+        first.stop()
+        if not through_node:
+            second = stack.enter_context(start_node(mine))
+        wait_until(lambda: listed(mine), "the collection is registered")
+        (row,) = [row for row in listed(mine) if row["name"]]
+        assert (row["file_hash"], row["name"]) == (stored["file_hash"], "tree")
+        assert (row["is_collection"], row["is_complete"]) == (True, True)
+        result = get(
+            link.partition("&peer=")[0], "-o", str(tmp_path / "m3"), "--peer", second.peer,
+            "--storage-dir", str(tmp_path / "no"),
+        )  # fmt: skip
+        assert list(result["bytes_by_peer"]) == [second.peer]  # type: ignore[call-overload]
+        assert files_of(tmp_path / "m2") == files_of(tmp_path / "m3") == wanted
+        assert (tmp_path / "m3/deep/er/run.sh").stat().st_mode & 0o777 == 0o755
+
+        for words in (["rm", str(stored["file_hash"])], ["gc"]):
+            done = run_fastcas(*words, "--storage-dir", str(mine))
+            assert done.returncode == 0, done.stderr
+        assert listed(mine) == []
+        assert not any((mine / "hashed_files").rglob("*.blob"))
+        assert files_of(tmp_path / "m2") == wanted
 
 
 def test_get_of_what_the_node_has_itself_needs_no_peer(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fastcas.errors import ChunkNotFound, DestinationExists, StoreFull, StoreLocked
-from fastcas.fetch.download import DownloadResult, Progress, download
+from fastcas.fetch.download import DownloadResult, FetchedTree, Progress, download
 from fastcas.ids import Link
 from fastcas.metadata import Manifest
 from tests.support.evil_peer import Peer, content_of
@@ -273,6 +273,9 @@ class _Hooks:
     def on_finished(self, path: Path, manifest: Manifest, content_proven: bool) -> None:
         assert path.exists()
         self.calls.append(f"finished {content_proven}")
+
+    def on_tree(self, tree: FetchedTree) -> None:
+        self.calls.append("tree")
 
 
 def test_hooks_and_progress_tell_the_story(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from fastcas.errors import DestinationExists, FastCASError, IntegrityError
-from fastcas.fetch.download import download
+from fastcas.fetch.download import FetchedTree, download
 from fastcas.ids import Link, PeerAddr
+from fastcas.metadata import Manifest
 from fastcas.store.collection import Collection, FileEntry, PackEntry, SmallEntry
 from tests.support.evil_peer import Peer, content_of, head
 
@@ -182,3 +183,66 @@ def test_small_file_that_is_not_what_it_says_is_not_written(tmp_path: Path) -> N
 
     run(work)
     assert not (tmp_path / "out").exists()
+
+
+class _Hooks:
+    """Remembers which trees it was told of."""
+
+    def __init__(self) -> None:
+        self.trees: list[FetchedTree] = []
+
+    def on_manifest(self, manifest: Manifest, part_path: Path) -> None:
+        """Not of interest."""
+
+    def on_chunk(self, index: int) -> None:
+        """Not of interest."""
+
+    def on_finished(self, path: Path, manifest: Manifest, content_proven: bool) -> None:
+        raise AssertionError(f"{path} is told of with its folder")
+
+    def on_tree(self, tree: FetchedTree) -> None:
+        assert tree_of(tree.path) == WANTED
+        self.trees.append(tree)
+
+
+def test_whole_tree_is_told_with_the_manifests_of_its_members(tmp_path: Path) -> None:
+    lib, content = library()
+    hooks = _Hooks()
+
+    async def work() -> None:
+        async with lib:
+            link = Link(lib.peers[0].manifest.file_hash, name="tree", peers=(lib.addr,))
+            await download(link, tmp_path / "out", discovery=None, hooks=hooks)
+            await download(link, tmp_path / "out", discovery=None, hooks=hooks)
+
+    run(work)
+    first, again = hooks.trees
+    assert (first.name, first.path, first.collection.encode()) == ("tree", tmp_path / "out", content)
+    assert first.manifest == lib.peers[0].manifest
+    assert set(first.members) == {peer.manifest.manifest_hash for peer in lib.peers[1:]}
+    info = (tmp_path / "out/a/big.bin").stat()
+    assert first.identities["a/big.bin"].inode == info.st_ino
+    assert first.identities["a/big.bin"].mtime_ns == info.st_mtime_ns
+    assert (again.name, again.path, again.collection) == (first.name, first.path, first.collection)
+
+
+def test_manifests_of_an_interrupted_attempt_are_known_to_the_next(tmp_path: Path) -> None:
+    lib, _ = library()
+    hooks = _Hooks()
+    big = lib.peers[1].manifest
+
+    async def work() -> None:
+        async with lib:
+            link = Link(lib.peers[0].manifest.file_hash, peers=(lib.addr,))
+            held, lib.peers[2:] = lib.peers[2:], []
+            with pytest.raises(FastCASError):
+                await download(link, tmp_path / "out", discovery=None, hooks=hooks, timeout_s=0.5)
+            lib.peers += held
+            lib.asked.clear()
+            await download(link, tmp_path / "out", discovery=None, hooks=hooks)
+
+    run(work)
+    (tree,) = hooks.trees
+    assert tree.members[big.manifest_hash] == big
+    assert not any(big.file_hash.hex() in target for target in lib.asked)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
