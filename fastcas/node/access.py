@@ -12,12 +12,14 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastcas.errors import FastCASError, NetworkError, NodeUnavailable, NoPeers, StoreLocked, StoreNotFound
 from fastcas.ids import Link, PeerAddr, parse_peer, parse_ref, short
 from fastcas.limits import FETCH_TIMEOUT_S
 from fastcas.node.control_client import ControlClient
+from fastcas.node.folder import SOCKET_NAME
 from fastcas.node.operations import LOCAL_OPERATIONS, Operations
 from fastcas.peers.discovery import CompositeDiscovery, Discovery, StaticDiscovery
 from fastcas.store import Store
@@ -31,6 +33,8 @@ __all__ = ["Access", "FolderAccess", "NodeAccess", "open_access"]
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[dict[str, Any]], None]
+RESTART_S = 5.0  # an agent that died is replaced within that
+POLL_S = 0.05
 PEERS_WANT = 64
 PEERS_DEADLINE_S = 10.0
 
@@ -111,21 +115,34 @@ def open_access(root: Path, *, create: bool = False, optional: bool = False) -> 
         root: The folder.
         create: Make it where it is missing.
         optional: It need not be there, nor be free: the command only profits from it.
+    A folder in use that has a control socket where nobody listens belongs to a node whose agent is being replaced:
+    that is waited for, up to 5 s.
+
     Raises:
         StoreNotFound: No such folder (and neither `create` nor `optional`).
         StoreLocked: In use by another command (and not `optional`).
         PermissionDenied: The operating system refuses.
     """
-    try:
-        return NodeAccess(ControlClient(root))
-    except NodeUnavailable:
-        pass
-    try:
-        return FolderAccess(root, Store.open(root, create=create))
-    except (StoreNotFound, StoreLocked):
-        if not optional:
-            raise
-        return FolderAccess(root, None)
+    until = None
+    while True:
+        try:
+            return NodeAccess(ControlClient(root))
+        except NodeUnavailable:
+            pass
+        try:
+            return FolderAccess(root, Store.open(root, create=create))
+        except StoreNotFound:
+            if not optional:
+                raise
+            return FolderAccess(root, None)
+        except StoreLocked:
+            if until is None and os.path.lexists(root / SOCKET_NAME):
+                until = monotonic() + RESTART_S
+            if until is None or monotonic() >= until:
+                if not optional:
+                    raise
+                return FolderAccess(root, None)
+        sleep(POLL_S)
 
 
 @contextlib.asynccontextmanager
