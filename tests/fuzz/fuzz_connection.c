@@ -1,6 +1,7 @@
 /* Fuzz target: the whole serve engine with up to three clients on a unix listener, its clock and its faults ours.
  *
- * Input: byte 0 chooses the send path, then the bytes that clients send, with controls among them: 0xff and
+ * Input: byte 0 chooses the send path, upload slots, an upload limit and small buffers, then the bytes that clients
+ * send, with controls among them: 0xff and
  *   r N  run the engine for N events        R N  the client reads up to 64 * (N + 1) bytes
  *   t N  N quarter seconds pass, tick       a N  the owner answers the oldest parked request, in manner N
  *   h    half-close                         x    hang up, call again with the next byte
@@ -426,17 +427,26 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             require((clients[i].got = malloc(GOT_MAX)) != NULL, "memory");
     }
     socklen_t length = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + strlen(address.sun_path + 1));
-    int       listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), calm = 1;
+    int       listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), calm;
     require(listener >= 0 && bind(listener, (struct sockaddr *)&address, length) == 0 && listen(listener, 8) == 0,
             "listen");
     fcas_counter_slot *counters = calloc(1, sizeof *counters);
     int64_t            now = 1000000000;
-    fcas_engine_config config = {.listener = listener, .send_path = data[0] % 3, .copy_max = 8192,
+    fcas_engine_config config = {.listener = listener, .send_path = (data[0] & 15) % 3, .copy_max = 8192,
                                  .max_connections = 1000, .max_cached = 2, .max_parked = 2, .header_ns = 10000000000,
                                  .idle_ns = 60000000000, .stall_ns = 30000000000, .rate_window_ns = 60000000000,
                                  .min_rate = 1024, .accept_pause_ns = 100000000, .counters = counters};
     fcas_engine *e = NULL;
+    fcas_bucket  bucket = {0};
     small_buffer = data[0] >> 7;
+    config.slots = data[0] >> 4 & 3;
+    if (data[0] & 0x40) {
+        int fd = memfd_create("bucket", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+        require(fcas_bucket_create(fd, 1000000) == FCAS_OK && fcas_bucket_map(&bucket, fd) == FCAS_OK, "bucket");
+        close(fd);
+        config.bucket = &bucket;
+    }
+    calm = !config.slots && !config.bucket; /* else some wait for the clock */
     memset(fault, 0, sizeof fault);
     require(counters && fcas_engine_create(&e, &config, now) == FCAS_OK, "create");
     new_table(e);
@@ -510,6 +520,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     require(!stats.connections && !stats.sending && !stats.parked && !stats.inputs && !stats.in_flight,
             "something is held in the end");
     fcas_engine_destroy(e);
+    fcas_bucket_unmap(&bucket);
     close(listener);
     free(counters);
     return 0;
