@@ -131,7 +131,8 @@ static void end_response(fcas_engine *e, fcas_conn *c, int ok)
     }
     c->use_sendfile = 0;
     e->n_sending--;
-    fcas_slot_release(e, c);
+    if (c->slot)
+        fcas_slot_release(e, c);
 }
 
 void fcas_conn_close(fcas_engine *e, fcas_conn *c, int reset)
@@ -259,6 +260,8 @@ static int send_on(fcas_engine *e, fcas_conn *c, uint64_t *turn)
 {
     uint64_t         before = c->sent;
     fcas_send_result result = fcas_send(e, c, turn);
+    if (c->blocked_ns && c->sent != before && e->now_ns - c->blocked_ns >= FCAS_UNWRITABLE_NS)
+        c->slow = 1;
     if (result != SEND_BLOCKED)
         c->blocked_ns = 0;
     else if (c->sent != before || !c->blocked_ns)

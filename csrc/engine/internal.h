@@ -22,6 +22,7 @@
 #define FCAS_BATCH        256
 #define FCAS_SLOTS_MAX    64u
 #define FCAS_SLOT_QUEUED  1
+#define FCAS_UNWRITABLE_NS 50000000ll /* so long without room in its socket, and a connection is slow */
 
 typedef struct fcas_conn fcas_conn;
 
@@ -109,7 +110,8 @@ struct fcas_conn {
     uint8_t    slot;         /* its place among the holders + 1, 0 = none */
     uint32_t   asked;        /* bytes of the chunk it asked for */
     uint32_t   queued_bytes; /* what of that counts in the queue */
-    float      took;         /* bytes per second that it lately took, 0 = not known */
+    uint8_t    slow;         /* in this turn it could not be written to for FCAS_UNWRITABLE_NS */
+    float      took;         /* bytes per second in its last turn if it was slow then, else 0 */
     int64_t    turn_ns;      /* when it got its slot */
     uint64_t   turn_sent;    /* `sent` then */
     int64_t    blocked_ns;   /* since when it cannot be written to, 0 = it can */

@@ -1,14 +1,16 @@
-/* Upload slots: requests for chunks that name a peer (Fastcas-Peer) are answered so many at a time; the others wait in one
- * queue, first come, first served. A request for a named chunk is refused ("busy") when more bytes wait than the uplink
+/* Upload slots: requests for chunks that name a peer (Fastcas-Peer) are answered so many at a time; the others wait in
+ * one queue, first come, first served. A request for a named chunk is refused ("busy") when more bytes wait than the uplink
  * sends in WAIT_S; NEXT waits like the others and is never refused. Requests without the field take no part in this.
  *
- * A waiting request stays unread in its connection's buffer and is parsed again when its turn comes, so that what it asks
- * for is looked up then. A slot is held from there to the end of the response. Whoever cannot be written to for
- * UNWRITABLE_NS while others wait gives its slot up and goes on without.
+ * A waiting request stays unread in its connection's buffer and is parsed again when its turn comes, so that what it
+ * asks for is looked up then. A slot is held from there to the end of the response. Whoever cannot be written to for
+ * FCAS_UNWRITABLE_NS while others wait gives its slot up and goes on without.
  *
- * Bytes of a connection count for at most WAIT_S of what it lately took, so that a slow receiver makes nobody busy. The
- * uplink's rate is measured over windows in which a slot was in use all the time, and falls slowly when there are none
- * that reach it; until it is known, nobody is refused. */
+ * Bytes of a connection that could not be written to for so long count for at most WAIT_S of what it took, now and in
+ * its next turn: a slow receiver makes nobody busy. Those of a connection that waits for us count in full. The uplink's rate
+ * is measured over windows in which a slot was in use all the time, and falls slowly when there are none that reach it;
+ * it begins with the upload limit's rate, and without a limit nobody is refused until it is known.
+ */
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/socket.h>
@@ -16,19 +18,27 @@
 #include "engine/internal.h"
 
 #define WAIT_S         0.1
-#define UNWRITABLE_NS  50000000ll
 #define WINDOW_NS      200000000ll
 #define UPLINK_KEPT    0.98  /* per window */
-#define TOOK_KEPT      0.75  /* per response */
-#define TOOK_NS_MIN    1000000ll /* shorter ones went to the socket buffer at once */
 #define UNSENT_MAX     65536 /* what the kernel may hold unsent for a peer elsewhere: waiting is to be seen by us */
 
 /* ---- what waits ---- */
 
-static uint64_t counted(const fcas_conn *c, uint64_t bytes)
+static int is_unwritable(const fcas_engine *e, const fcas_conn *c)
 {
-    double most = c->took * WAIT_S;
-    return c->took > 0 && most < (double)bytes ? (uint64_t)most : bytes;
+    return c->blocked_ns && e->now_ns - c->blocked_ns >= FCAS_UNWRITABLE_NS;
+}
+
+/* Bytes per second in the turn that c has now; never 0. */
+static float taking(const fcas_engine *e, const fcas_conn *c)
+{
+    return (float)((double)(c->sent - c->turn_sent + 1) * 1e9 / (double)(e->now_ns - c->turn_ns + 1));
+}
+
+static uint64_t counted(uint64_t bytes, float took)
+{
+    double most = took * WAIT_S;
+    return took > 0 && most < (double)bytes ? (uint64_t)most : bytes;
 }
 
 static uint64_t waiting_bytes(const fcas_engine *e)
@@ -36,7 +46,8 @@ static uint64_t waiting_bytes(const fcas_engine *e)
     uint64_t sum = e->queue_bytes;
     for (uint32_t i = 0; i < e->n_holders; i++) {
         const fcas_conn *c = e->holders[i];
-        sum += counted(c, c->state == CONN_SENDING ? c->body_left + (c->mem_len - c->mem_at) : c->asked);
+        uint64_t         left = c->state == CONN_SENDING ? c->body_left + (c->mem_len - c->mem_at) : c->asked;
+        sum += counted(left, is_unwritable(e, c) ? taking(e, c) : c->took);
     }
     return sum;
 }
@@ -63,7 +74,7 @@ static void enter_queue(fcas_engine *e, fcas_conn *c)
     else
         e->queue_head = c;
     e->queue_tail = c;
-    c->queued_bytes = (uint32_t)counted(c, c->asked);
+    c->queued_bytes = (uint32_t)counted(c->asked, c->took);
     e->queue_bytes += c->queued_bytes;
     c->state = CONN_QUEUED;
     fcas_timer_set(e, c, TIMER_NONE);
@@ -83,6 +94,7 @@ static void hold(fcas_engine *e, fcas_conn *c)
     c->turn_ns = e->now_ns;
     c->turn_sent = c->sent;
     c->blocked_ns = 0;
+    c->slow = 0;
 }
 
 static void start_next(fcas_engine *e)
@@ -101,13 +113,7 @@ void fcas_slot_release(fcas_engine *e, fcas_conn *c)
 {
     if (!c->slot)
         return;
-    uint64_t bytes = c->sent - c->turn_sent;
-    int64_t  ns = e->now_ns - c->turn_ns;
-    if (bytes) {
-        float rate = (float)((double)bytes * 1e9 / (double)(ns > TOOK_NS_MIN ? ns : TOOK_NS_MIN));
-        float kept = c->took * (float)TOOK_KEPT;
-        c->took = rate > kept ? rate : kept;
-    }
+    c->took = c->slow || is_unwritable(e, c) ? taking(e, c) : 0;
     fcas_conn *last = e->holders[--e->n_holders];
     e->holders[c->slot - 1] = last;
     last->slot = c->slot;
@@ -154,6 +160,8 @@ static void measure(fcas_engine *e)
     uint64_t sent = e->bytes_sent + e->delta[FCAS_CTR_BYTES_SENT];
     double   rate = (double)(sent - e->window_bytes) * 1e9 / (double)(e->now_ns - e->window_ns);
     e->uplink = rate > e->uplink * UPLINK_KEPT ? rate : e->uplink * UPLINK_KEPT;
+    if (e->config.bucket && e->uplink > (double)e->config.bucket->rate)
+        e->uplink = (double)e->config.bucket->rate;
     e->window_ns = e->now_ns;
     e->window_bytes = sent;
 }
@@ -168,7 +176,7 @@ void fcas_slots_run(fcas_engine *e)
         fcas_conn *c = e->holders[i];
         if (!c->blocked_ns)
             continue;
-        if (e->now_ns - c->blocked_ns >= UNWRITABLE_NS) {
+        if (is_unwritable(e, c)) {
             fcas_engine_count(e, FCAS_CTR_SLOT_LOST, 1);
             fcas_slot_release(e, c);
         } else if (!first_ns || c->blocked_ns < first_ns) {
@@ -176,7 +184,7 @@ void fcas_slots_run(fcas_engine *e)
         }
     }
     if (first_ns && e->queue_head)
-        fcas_wake_after(e, first_ns + UNWRITABLE_NS - e->now_ns);
+        fcas_wake_after(e, first_ns + FCAS_UNWRITABLE_NS - e->now_ns);
 }
 
 void fcas_slots_publish(fcas_engine *e, fcas_counter_slot *slot)
