@@ -2,7 +2,7 @@
 
 import sys
 
-from fastcas.cli.main import main
+from fastcas.cli.start import fastcas
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(fastcas())

@@ -38,7 +38,9 @@ def _storage_option(function: F) -> F:
 
 
 def _json_option(function: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout; progress as JSON lines on stderr")(function)
+    return click.option(
+        "--json", "as_json", is_flag=True, help="one JSON object on stdout; progress as JSON lines on stderr"
+    )(function)
 
 
 def _network_options(function: F) -> F:
@@ -382,7 +384,7 @@ def index_command(storage_dir: str, as_json: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `fastcas`; returns the exit status."""
+    """Run `fastcas`; returns the exit status."""
     return run_command(command, PROGRAM, arguments)
 
 

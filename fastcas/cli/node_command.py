@@ -76,7 +76,7 @@ command = click.Command(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `fastcas-node`; returns the exit status."""
+    """Run `fastcas-node`; returns the exit status."""
     return run_command(command, PROGRAM, arguments)
 
 

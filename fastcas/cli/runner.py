@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import click
 
+from fastcas.cli.start import raise_interrupts
 from fastcas.errors import FastCASError, Interrupted
 from fastcas.ids import escape_for_terminal
 
@@ -50,6 +51,7 @@ def run_command(command: click.Command, program: str, arguments: Sequence[str] |
 def _invoke(command: click.Command, program: str, arguments: Sequence[str] | None) -> int:
     is_debugged = os.environ.get("FASTCAS_DEBUG") == "1"
     try:
+        raise_interrupts()
         # Not command.main(): it has its own ideas of Ctrl-C and of a closed pipe.
         words = list(sys.argv[1:] if arguments is None else arguments)
         with command.make_context(program, words) as context:

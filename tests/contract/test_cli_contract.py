@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
@@ -247,6 +248,38 @@ def test_reader_that_goes_away_is_no_error(tmp_path: Path, content_file: tuple[P
     finally:
         os.close(write_end)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def script(name: str) -> list[str]:
+    """The words that run a console script the way an installed one does."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        module, _, function = tomllib.load(file)["project"]["scripts"][name].partition(":")
+    return ["-c", f"import sys; from {module} import {function}; sys.exit({function}())"]
+
+
+@pytest.mark.parametrize("program", ["fastcas", "fastcas-node", "python -m fastcas"])
+@pytest.mark.parametrize("module", ["click", "json"])
+def test_interrupt_while_python_imports_exits_7_with_one_line(tmp_path: Path, program: str, module: str) -> None:
+    """A module that everything imports sends the signal from its first line."""
+    (tmp_path / f"{module}.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nfor _ in range(1000):\n    pass\n"
+    )
+    words = ["-m", "fastcas"] if program.startswith("python") else script(program)
+    done = subprocess.run(
+        [sys.executable, *words, "--version"], capture_output=True, text=True, timeout=30, check=False,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, cwd=tmp_path,
+    )  # fmt: skip
+    name = "fastcas-node" if program == "fastcas-node" else "fastcas"
+    assert (done.returncode, done.stdout, done.stderr) == (7, "", f"{name}: interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["fastcas", "fastcas-node"])
+def test_console_scripts_run(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *script(name), "--help"], capture_output=True, text=True, timeout=30, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Usage: {name}" in done.stdout
 
 
 def test_interrupt_while_waiting_exits_7_with_one_line(tmp_path: Path) -> None:

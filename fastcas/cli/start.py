@@ -1,0 +1,58 @@
+"""Where `fastcas` and `fastcas-node` begin: interrupted while Python still imports, they end like any command.
+
+Imports almost nothing itself. Until `raise_interrupts` there is nothing to clean up, so the process just ends.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+__all__ = ["fastcas", "fastcas_node", "raise_interrupts"]
+
+INTERRUPTED = 7
+_PROGRAM = "fastcas"
+
+
+def fastcas(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `fastcas`; returns the exit status."""
+    return _run("fastcas", "fastcas.cli.main", arguments)
+
+
+def fastcas_node(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `fastcas-node`; returns the exit status."""
+    return _run("fastcas-node", "fastcas.cli.node_command", arguments)
+
+
+def raise_interrupts() -> None:
+    """Let an interrupt raise KeyboardInterrupt from now on, as Python does: somebody is there to catch it."""
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _run(program: str, module: str, arguments: Sequence[str] | None) -> int:
+    global _PROGRAM
+    _PROGRAM = program
+    try:
+        import signal
+        from importlib import import_module
+
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where interrupts are ignored
+            signal.signal(signal.SIGINT, _end)
+        status: int = import_module(module).main(arguments)
+        return status
+    except KeyboardInterrupt:
+        _end()
+
+
+def _end(*_: object) -> NoReturn:
+    try:
+        os.write(2, f"{_PROGRAM}: interrupted\n".encode())
+    finally:
+        os._exit(INTERRUPTED)
