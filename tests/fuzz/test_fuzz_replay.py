@@ -1,4 +1,4 @@
-"""The fuzz targets without libFuzzer: their corpus and a second of random mutations under ASan and UBSan.
+"""The fuzz targets without libFuzzer: their corpus and half a second of random mutations under ASan and UBSan.
 
 `make fuzz` is the real thing. A failure names its seed; the input that failed is kept beside the program.
 """
@@ -39,7 +39,7 @@ def test_corpus_and_random_mutations_are_survived(tmp_path: Path, target: str) -
     assert len(corpus) > 100
     seed = os.environ.get("FASTCAS_TEST_SEED", "1")
     done = subprocess.run(
-        [program, seed, "1000", *corpus], capture_output=True, text=True, errors="replace", timeout=100,
+        [program, seed, "500", *corpus], capture_output=True, text=True, errors="replace", timeout=100,
         env={**os.environ, "FUZZ_LAST": str(last)},
     )  # fmt: skip
     assert done.returncode == 0, f"FASTCAS_TEST_SEED={seed} input={last}\n{done.stdout}{done.stderr}"
