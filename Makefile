@@ -39,10 +39,10 @@ fuzz: build
 	tests/support/install_tools.sh fuzz
 	FUZZ_SECONDS=$(FUZZ_SECONDS) tests/fuzz/run.sh
 
-# 500 worker kills under 200 downloading connections
+# 500 worker kills and 20 reloads under 200 downloading connections
 kill-workers: build
 	FASTCAS_WORKER_KILLS=500 FASTCAS_KILL_CLIENTS=200 $(PY) -m pytest -q -s --timeout 1800 \
-	    tests/faults/test_serve_kills.py -k kills
+	    tests/faults/test_serve_kills.py -k "worker_kills or hup"
 
 bench: bench-tools
 	$(PY) -m bench.fetch

@@ -117,7 +117,7 @@ def test_worker_kills_fail_no_download(serving: ServingNode) -> None:
 
 def test_hup_again_and_again_fails_no_request(serving: ServingNode) -> None:
     rounds = 20 if KILLS > 20 else 3
-    with serving.downloads(20) as figures:
+    with serving.downloads(CLIENTS) as figures:
         for _ in range(rounds - 1):
             before = set(serving.wait_ready(set()))
             serving.node.process.send_signal(signal.SIGHUP)
