@@ -152,7 +152,7 @@ async def download(
         local: Chunks of this machine, taken first, with the same checks.
         node_id, data_port: Ours, if we serve: told to the peers.
         timeout_s: Bounds the wait for the first peer and the manifest, seconds.
-        stall_timeout_s: Without a byte from anybody for so long, the download ends.
+        stall_timeout_s: With less than 4 KiB/s from everybody together, and no chunk, for so long, the download ends.
         hooks, progress: Called in the loop's thread.
         trust_resume: Do not hash again what the journal lists (of the same boot).
         force: Replace a destination with other content.
@@ -163,7 +163,7 @@ async def download(
     Raises:
         NoPeers: Nobody has the file, or no manifest, within `timeout_s`.
         ChunkNotFound: Nobody is left who has what is missing; the part file is kept.
-        Stalled: No byte for `stall_timeout_s`; the part file is kept.
+        Stalled: Next to nothing came for `stall_timeout_s`; the part file is kept.
         ManifestCorrupt: The manifest contradicts the content or itself.
         DestinationExists: The destination has other content; nothing was fetched.
         StoreFull, PermissionDenied, StoreLocked, StoreError: The disk refuses; the part file is kept.

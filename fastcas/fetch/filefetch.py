@@ -224,7 +224,9 @@ class _Filling:
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._local_work: asyncio.Task[None] | None = None
         self._wake: asyncio.TimerHandle | None = None
-        self._last_byte = time.monotonic()
+        self._last_byte = self._last_tick = time.monotonic()
+        self._n_here = 0
+        self._patience_s = fetch.settings.stall_timeout_s
         self._n_received = self._crowd.received()
         self._rate = 0.0
         self._unheld_since: float | None = None
@@ -465,6 +467,7 @@ class _Filling:
         local_busy = self._local_work is not None and not self._local_work.done()
         if received > self._n_received or local_busy:
             self._last_byte = now
+        self._lose_patience(now, received - self._n_received, is_progress=local_busy)
         sample = max(0, received - self._n_received) / TICK_S
         self._rate = sample if self._rate == 0 else 0.8 * self._rate + 0.2 * sample
         self._n_received = received
@@ -474,8 +477,19 @@ class _Filling:
         self._pump()
         self._report(now)
         hopeless = not local_busy and not self._scheduler.n_in_flight and self._crowd.is_hopeless()
-        if hopeless or now - self._last_byte >= self._settings.stall_timeout_s:
+        if hopeless or self._patience_s <= 0:
             self.fail(self._stuck(stalled=not hopeless))
+
+    def _lose_patience(self, now: float, n_bytes: int, *, is_progress: bool) -> None:
+        """Bytes buy time at 4 KiB/s, a chunk that is right buys all of it: who only trickles is given up, too."""
+        limit_s = self._settings.stall_timeout_s
+        n_here = self._here.bit_count()
+        if is_progress or n_here > self._n_here:
+            self._patience_s = limit_s
+        else:
+            lost_s = min(now - self._last_tick, 4 * TICK_S)  # a longer tick was our own pause
+            self._patience_s = min(limit_s, self._patience_s - lost_s + max(0, n_bytes) / SLOW_BPS)
+        self._last_tick, self._n_here = now, n_here
 
     def _shed_slow(self, now: float) -> None:
         """Drop a peer that gave less than 4 KiB/s over 30 s while others could be asked instead."""
@@ -503,7 +517,7 @@ class _Filling:
             f"{', …' if n > 3 else ''}; {self._crowd.what_peers_did()}; the part file is kept and can be resumed"
         )
         if stalled and not scheduler.unheld():
-            return Stalled(f"no byte for {self._settings.stall_timeout_s:g} s: {text}")
+            return Stalled(f"less than {SLOW_BPS} B/s for {self._settings.stall_timeout_s:g} s: {text}")
         return ChunkNotFound(text)
 
     def _report(self, now: float) -> None:

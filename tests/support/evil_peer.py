@@ -97,6 +97,7 @@ class Peer:
         self.n_chunk_requests = 0
         self.gate = asyncio.Event()
         self.gate.set()
+        self.trickle_s = 1.0
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._index = {self.manifest.hash_of(i).hex(): i for i in range(self.manifest.n_total)}
@@ -380,7 +381,7 @@ class Peer:
         for byte in data:
             w.write(bytes([byte]))
             await w.drain()
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(self.trickle_s)
 
     async def _evil_close_after(self, index: int, data: bytes, w: asyncio.StreamWriter) -> None:
         """Not evil: a server without keep-alive."""

@@ -162,6 +162,17 @@ def test_silence_for_the_stall_timeout_ends_with_the_missing_chunks(tmp_path: Pa
     assert (tmp_path / "out.fastcas-part").exists()
 
 
+def test_lone_peer_that_only_trickles_is_given_up(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with Peer(CONTENT, behaviour="trickle", evil_when=lambda nth: nth > 10) as peer:
+            peer.trickle_s = 0.02  # never as long without a byte as the stall timeout
+            with pytest.raises(Stalled, match="less than 4096 B/s for 1 s"):
+                await get(peer.link(), tmp_path / "out", stall_timeout_s=1.0)
+
+    run(work)
+    assert (tmp_path / "out.fastcas-part").exists()
+
+
 def test_chunks_that_nobody_has_are_named(tmp_path: Path) -> None:
     async def work() -> None:
         async with Peer(CONTENT, have=set(range(50))) as peer:
