@@ -31,6 +31,7 @@ from fastcas.node import wire
 from fastcas.node.child import BackOff, Child
 from fastcas.node.listeners import open_listeners, probe_udp
 from fastcas.node.relay import Relay
+from fastcas.peers.policy import own_networks
 from fastcas.table import Bucket, Counters, GivenBoard, Ring
 
 __all__ = ["Supervisor", "run_supervisor"]
@@ -42,6 +43,7 @@ START_S = 30.0  # a child that is not ready by then never will be
 WATCH_S = 1.0  # how often heartbeats are looked at
 CRASHES_REPORTED = 10  # this many early deaths in CRASH_WINDOW_S are reported, and fatal before the first ready
 CRASH_WINDOW_S = 60.0
+OWN_PREFIXES_MAX = 16  # what a worker's engine takes
 AGENT_SLOT = 2 * WORKERS_MAX  # workers use 0 .. 2 * WORKERS_MAX - 1: old and new while they are replaced
 N_SLOTS = AGENT_SLOT + 1
 
@@ -283,6 +285,7 @@ class Supervisor:
         child.send(
             {"op": "start", "index": slot, "workers": len(self._seats), "node_id": self._identity["node_id"],
              "config": {"send_path": config.send_path, "max_upload": config.max_upload_rate(),
+                        "own_prefixes": [str(network) for network in own_networks()[:OWN_PREFIXES_MAX]],
                         "node_label": config.node_id}},
             [seat.listener.fileno(), self._counters.fd, ring.memfd, ring.eventfd, self._given.fd,
              *([self._bucket.fd] if self._bucket else [])],
