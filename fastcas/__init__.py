@@ -17,18 +17,21 @@ Importing this package imports none of them: a name is loaded when it is first u
 
 from __future__ import annotations
 
-import importlib
 import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # not typing's: the commands wait for this module, so it imports next to nothing
 if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+
     from fastcas.fetch import P2PChunkDownloader, P2PClient
     from fastcas.metadata import FileMetadata
     from fastcas.node.node import P2PNode
     from fastcas.node.shortcuts import get, store
     from fastcas.peers.manager import P2PPeerManager
     from fastcas.store.types import StoredFile
+else:
+    ModuleType = type(sys)
 
 __version__ = "0.1.0"
 
@@ -57,6 +60,8 @@ _MODULES = frozenset({"errors", "fetch", "hashing", "ids", "metadata", "parity",
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for, when it is."""
+    import importlib
+
     if name in _WHERE:
         value = getattr(importlib.import_module(_WHERE[name]), name)
     elif name in _MODULES:
