@@ -9,7 +9,7 @@ over the turns. Wall time is that of the whole client process, start to end, wit
     aria2                 from nginx (one worker, sendfile), --checksum, 4 connections
     curl + sha256sum      from the same nginx
 
-    python bench/fetch.py [--size 1G] [--turns 3] [--folder DIR] [--json FILE]
+    python -m bench.fetch [--size 1G] [--turns 3] [--folder DIR] [--json FILE]
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.processes import tree_cpu_s
+
 ROOT = Path(__file__).resolve().parents[1]
-TICK = os.sysconf("SC_CLK_TCK")
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 
 LIBTORRENT = r"""
@@ -76,18 +77,6 @@ class Sample:
     wall_s: float
     client_s_per_gb: float
     server_s_per_gb: float
-
-
-def tree_cpu_s(pid: int) -> float:
-    """Return utime + stime of a process and its descendants, seconds."""
-    total, pending = 0.0, [pid]
-    while pending:
-        current = pending.pop()
-        fields = Path(f"/proc/{current}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / TICK
-        for task in Path(f"/proc/{current}/task").iterdir():
-            pending += [int(child) for child in (task / "children").read_text().split()]
-    return total
 
 
 def free_port() -> int:

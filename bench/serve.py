@@ -5,7 +5,7 @@ client (bench/load_client.c); medians over the turns. At least 1,000 distinct ch
 is utime + stime of the whole process tree of each server. nginx: sendfile, tcp_nopush, open_file_cache, no access
 log. Prints both figures and the ratio.
 
-    python bench/serve.py [--sizes 4K,64K,1M] [--turns 5] [--seconds 2] [--connections 16] [--json FILE]
+    python -m bench.serve [--sizes 4K,64K,1M] [--turns 5] [--seconds 2] [--connections 16] [--json FILE]
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.processes import tree_cpu_s
+from fastcas.ids import parse_size
+from tests.support.serve_rig import BlobStore, Rig
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from fastcas.ids import parse_size  # noqa: E402
-from tests.support.serve_rig import BlobStore, Rig  # noqa: E402
-
 BLOB_BYTES = 64 << 20
-TICK = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
@@ -45,19 +43,6 @@ class Target:
     port: int
     pid: int
     paths: Path
-
-
-def tree_cpu_s(pid: int) -> float:
-    """Return utime + stime of a process and its descendants, seconds."""
-    total = 0.0
-    pending = [pid]
-    while pending:
-        current = pending.pop()
-        fields = Path(f"/proc/{current}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / TICK
-        for task in Path(f"/proc/{current}/task").iterdir():
-            pending += [int(child) for child in (task / "children").read_text().split()]
-    return total
 
 
 def build_client(folder: Path) -> Path:

@@ -9,7 +9,7 @@ over the turns; CPU is utime + stime of the whole process tree of each server. R
     idle      growth of a worker's RSS per idle keep-alive connection, and its RSS after start
     ranges    /files with Range over several chunks, beside nginx with the plain file
 
-    python bench/serve_more.py [--rows bare,workers,crowd,idle,ranges] [--turns 5] [--seconds 2] [--idle 10000]
+    python -m bench.serve_more [--rows bare,workers,crowd,idle,ranges] [--turns 5] [--seconds 2] [--idle 10000]
 """
 
 from __future__ import annotations
@@ -24,19 +24,17 @@ import signal
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.processes import tree_cpu_s
+from bench.serve import Target, build_client, make_chunks, run_load, start_nginx
+from tests.support.serve_rig import Rig, manifest_of, wait_until
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from bench.serve import Target, build_client, make_chunks, run_load, start_nginx, tree_cpu_s  # noqa: E402
-from tests.support.serve_rig import Rig, manifest_of, wait_until  # noqa: E402
-
 KIB, MIB = 1 << 10, 1 << 20
 FILE_SIZE = 128 * MIB
 RANGE = MIB + 300 * KIB + 77  # touches five to seven chunks of 256 KiB
