@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/hex.h"
 #include "engine/internal.h"
 
 #define HEX_LEN    64u
@@ -274,31 +275,11 @@ static int answer(fcas_engine *e, fcas_conn *c, const uint8_t *buf, const conten
     return 0;
 }
 
-/* 64 lower-case hex digits. */
-static int parse_hash(const uint8_t *hex, uint8_t hash[32])
-{
-    for (size_t i = 0; i < 32; i++) {
-        uint8_t digits[2] = {hex[2 * i], hex[2 * i + 1]}, value = 0;
-        for (int j = 0; j < 2; j++) {
-            uint8_t d = digits[j];
-            if (d >= '0' && d <= '9')
-                d = (uint8_t)(d - '0');
-            else if (d >= 'a' && d <= 'f')
-                d = (uint8_t)(d - 'a' + 10);
-            else
-                return 0;
-            value = (uint8_t)(value << 4 | d);
-        }
-        hash[i] = value;
-    }
-    return 1;
-}
-
 static int route_blob(fcas_engine *e, fcas_conn *c, const uint8_t *buf, const uint8_t *hex, fcas_entry_type type)
 {
     uint8_t hash[32];
     content what = {.hex = hex, .conditional = 1};
-    if (!parse_hash(hex, hash) || !e->has_table || fcas_table_lookup(&e->table, type, hash, &what.place) != FCAS_OK)
+    if (!fcas_hex_decode_hash(hex, hash) || !e->has_table || fcas_table_lookup(&e->table, type, hash, &what.place) != FCAS_OK)
         return 404;
     what.size = what.place.length;
     if (type == FCAS_ENTRY_CHUNK && c->req.peer.len && !c->is_head) {
@@ -313,7 +294,7 @@ static int route_file(fcas_engine *e, fcas_conn *c, const uint8_t *buf, const ui
 {
     uint8_t  hash[32];
     fcas_run shape;
-    if (!parse_hash(hex, hash))
+    if (!fcas_hex_decode_hash(hex, hash))
         return 404;
     int status = fcas_run_open(e, hash, &shape);
     if (status)
@@ -398,7 +379,7 @@ void fcas_route(fcas_engine *e, fcas_conn *c, const uint8_t *buf)
     } else if (begins(path, n, "/swarm/", 7)) {
         uint8_t hash[32];
         if ((n == 7 + HEX_LEN || (n == 12 + HEX_LEN && memcmp(path + 7 + HEX_LEN, "/next", 5) == 0)) &&
-            parse_hash(path + 7, hash))
+            fcas_hex_decode_hash(path + 7, hash))
             status = park(e, c, buf, n != 7 + HEX_LEN);
     } else if (n == 7 && no_query && memcmp(path, "/health", 7) == 0) {
         status = route_health(e, c);

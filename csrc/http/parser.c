@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "common/hex.h"
+
 enum { PHASE_LINE = 0, PHASE_FIELDS = 1 };
 
 /* fields that may occur once, or whose occurrence matters */
@@ -50,6 +52,16 @@ static const uint8_t CLASS[256] = {
 #undef X
 
 static int is_class(uint8_t c, int class) { return (CLASS[c] & class) != 0; }
+
+/* How many of eight bytes come before the first control character (what VALUE excludes, and the tab); 8 = there is none.
+ * The tests borrow upwards only, so that the lowest mark is always a true one. */
+static size_t before_control(const uint8_t p[8])
+{
+    const uint64_t ONES = UINT64_C(0x0101010101010101), TOPS = 0x80 * ONES;
+    uint64_t       x = fcas_load_le64(p), del = x ^ 0x7f * ONES;
+    uint64_t       marks = (((x - 0x20 * ONES) & ~x) | ((del - ONES) & ~del)) & TOPS;
+    return marks ? (size_t)__builtin_ctzll(marks) / 8 : 8;
+}
 static uint8_t lower(uint8_t c) { return c >= 'A' && c <= 'Z' ? (uint8_t)(c | 0x20) : c; }
 
 /* Whether p[0..n) is `word` (lower case, NUL-terminated), ignoring case. */
@@ -106,6 +118,12 @@ static int parse_line(fcas_http_request *r, const uint8_t *p, size_t n)
         return 400;
     size_t target = ++i, query = 0;
     while (i < n && p[i] != ' ') {
+        if (p[i] == '/') { /* a hash may follow */
+            uint64_t values;
+            for (i++; i + 8 <= n && fcas_hex_values8(p + i, &values);)
+                i += 8;
+            continue;
+        }
         if (!is_class(p[i], TARGET) && !((p[i] == '[' || p[i] == ']') && p[target] != '/'))
             return 400;
         if (p[i] == '%' && !(i + 2 < n && is_class(p[i + 1], HEX) && is_class(p[i + 2], HEX)))
@@ -290,6 +308,8 @@ int fcas_http_parse(fcas_http_request *r, const uint8_t *buf, size_t n)
         int    too_long = r->phase == PHASE_LINE ? 414 : 431;
         /* to the line's CR; the limit counts the LF, too */
         size_t stop = n < limit - 1 ? n : limit - 1;
+        for (size_t step = 8; step == 8 && i + 8 <= stop; i += step)
+            step = before_control(buf + i);
         while (i < stop && is_class(buf[i], VALUE))
             i++;
         if (i >= stop) { /* beyond it when the last line ended exactly at the limit */
