@@ -147,7 +147,7 @@ def test_one_loss_too_many_names_the_stripe_and_its_chunks(tmp_path: Path) -> No
         have = set(range(manifest.n_total)) - set(lost)
         async with Peer(content, k=K, m=M, have=have) as peer:
             with pytest.raises(ChunkNotFound) as caught:
-                await fetch(tmp_path / "out", peer, stall_timeout_s=3.0)
+                await fetch(tmp_path / "out", peer, stall_timeout_s=1.0)
         message = str(caught.value)
         assert "stripe #1 has 3 of the 4 chunks it needs" in message
         for index in lost:
