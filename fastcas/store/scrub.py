@@ -134,6 +134,8 @@ class Scrub:
         for _ in self._walk:
             if time.monotonic() >= deadline or self.report.bytes >= end or len(self._opened) >= BAD_PER_SLICE:
                 break
+            if self._phase == MANIFESTS and self._opened:
+                break  # what follows reads manifests: others have their chance to bring this one back before
         else:
             self._walk = None
         self._heal(Places.find(self._core, self._opened))

@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from fastcas.fetch.download import download
 from fastcas.ids import Link, PeerAddr
 from fastcas.metadata import Manifest
 from fastcas.store import Store
-from tests.support.nodes import Node, run_fastcas, start_node
+from tests.support.nodes import Node, read_line, run_fastcas, start_node
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -217,6 +218,33 @@ def test_one_loss_too_many_names_stripe_and_chunks_on_both_sides(tmp_path: Path,
         for index in lost:
             assert f"#{index} ({manifest.hash_of(index).hex()[:8]})" in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("through_node", [False, True], ids=["alone", "through a node"])
+def test_interrupted_verify_exits_7_and_goes_on(tmp_path: Path, source: Path, through_node: bool) -> None:
+    store(tmp_path / "s", source)
+    with contextlib.ExitStack() as stack:
+        if through_node:
+            stack.enter_context(start_node(tmp_path / "s"))
+        words = ["verify", "--json", "--storage-dir", str(tmp_path / "s")]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastcas", *words, "--rate", "2M"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert process.stdout is not None and process.stderr is not None
+        with process.stdout, process.stderr:
+            while json.loads(read_line(process.stderr, 60))["progress"]["done"] < MIB:
+                pass
+            process.send_signal(signal.SIGINT)
+            rest = process.stderr.read().decode()
+            assert process.wait(30) == 7, rest
+        assert "resume with: fastcas verify" in rest.splitlines()[-1]
+
+        def go_on() -> dict[str, object]:
+            return verify(tmp_path / "s")[1]
+
+        report = go_on()
+        assert MIB <= report["resumed_bytes"] < report["bytes"]  # type: ignore[operator]
+        assert go_on()["resumed_bytes"] == 0
 
 
 def test_parity_chunks_are_served_and_announced(tmp_path: Path, source: Path) -> None:

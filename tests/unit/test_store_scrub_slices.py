@@ -151,6 +151,19 @@ def test_chunks_lost_while_the_manifest_is_damaged_come_back_with_it(store: Stor
     check_replay(store, mirror)
 
 
+def test_file_that_cannot_be_whole_is_not_offered_once_its_manifest_is_back(store: Store, tmp_path: Path) -> None:
+    mirror = followed(store)
+    _, manifest = put(store, tmp_path, 4)
+    damage(store, manifest, 0)
+    text = manifest.manifest_hash.hex()
+    flip(store.root / "manifests" / text[:2] / text, 70)
+    store.verify(repair=True)
+    assert not store.verify(repair=True, fetch={manifest.manifest_hash: manifest.data}.get).is_clean
+    assert [m.manifest_hash for m in store.incomplete()] == [manifest.manifest_hash]
+    check_replay(store, mirror)
+    assert mirror.files == {}
+
+
 def test_one_loss_too_many_names_stripe_and_chunks(store: Store, tmp_path: Path) -> None:
     _, manifest = put(store, tmp_path, 12, (4, 2))
     lost = [4, 7, manifest.stripe(1)[1][0]]
