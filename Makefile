@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc fastcas -name '*.c' -o -name '*.h' -o -name '*.pyx'
 C_FILES := $(shell find csrc -name '*.c')
 C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
-.PHONY: demo test fuzz kill-workers bench bench-kernels lint build tools bench-tools clean
+.PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean
 
 build: $(STAMP)
 
@@ -43,6 +43,10 @@ fuzz: build
 kill-workers: build
 	FASTCAS_WORKER_KILLS=500 FASTCAS_KILL_CLIENTS=200 $(PY) -m pytest -q -s --timeout 1800 \
 	    tests/faults/test_serve_kills.py -k "worker_kills or hup"
+
+# Files that heal, end to end, with a 256 MiB file: offline and across three nodes
+heal: build
+	FASTCAS_HEAL_MIB=256 $(PY) -m pytest -q --timeout 900 tests/process/test_healing.py
 
 bench: bench-tools
 	$(PY) -m bench.fetch

@@ -26,6 +26,7 @@ __all__ = [
     "parse_rate",
     "parse_ref",
     "parse_size",
+    "parse_subset",
     "short",
 ]
 
@@ -174,6 +175,18 @@ def parse_parity(text: str, argument: str = "parity") -> tuple[int, int]:
         if k >= 1 and 1 <= m <= 64 and k + m <= 255:
             return k, m
     raise UsageError(f"{argument}: expected K+M with K >= 1, 1 <= M <= 64, K+M <= 255, got {_quoted(text)}")
+
+
+def parse_subset(text: str, argument: str = "subset") -> tuple[int, int]:
+    """Return (i, n) of `I/N`, the I-th of N parts.
+
+    Raises:
+        UsageError: Any other text, or not 1 <= I <= N <= 1,000,000.
+    """
+    match = re.fullmatch(r"([0-9]{1,7})/([0-9]{1,7})", text, re.ASCII)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) <= 1_000_000:
+        raise UsageError(f"{argument}: expected I/N with 1 <= I <= N, such as 2/7, got {_quoted(text)}")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,14 @@ CHILD_LINGER_S = 2.0  # children end this long after the supervisor is gone
 CONTROL_MESSAGE_MAX = 64 * MIB
 CHANNEL_MESSAGE_MAX = 64 * KIB
 
+# --- verification ---
+SCRUB_SLICE_S = 0.15  # one slice in the store's thread: other commands wait no longer than that, twice at most
+SCRUB_SAVE_S = 5.0  # how much of a verification a kill can cost
+SCRUB_EVERY_S = 7 * 24 * 3600.0  # a node's own: a bad sector is found before parity of the same age is likely gone, too
+SCRUB_START_S = 5.0  # a node that starts first tells the network what it has
+SCRUB_RATE_BPS = 20 * MIB  # of a node's own: a tenth of a slow disk, and 1 TB in 14 hours
+VERIFY_RESUME_S = 24 * 3600.0  # an interrupted verification older than that says too little about today
+
 # --- ports ---
 DATA_PORT = 9000
 DHT_PORT = 8468

@@ -48,7 +48,7 @@ from fastcas.limits import (
     STRIPE_BYTES_MAX,
 )
 
-__all__ = ["EMPTY_SHA256", "FileMetadata", "Manifest", "choose_chunk_size"]
+__all__ = ["EMPTY_SHA256", "FileMetadata", "Manifest", "check_parity", "choose_chunk_size"]
 
 MAGIC = b"FCASMAN1"
 ALGORITHM_SHA256 = 1
@@ -76,6 +76,22 @@ def choose_chunk_size(size: int, wanted: int | None = None) -> int:
             f"chunk size: {chunk_size} B would cut {size} B into {-(-size // chunk_size)} chunks, limit {CHUNKS_MAX}"
         )
     return chunk_size
+
+
+def check_parity(size: int, chunk_size: int, k: int, m: int) -> None:
+    """Check a parity shape for a file of `size` bytes, before anything is read or allocated.
+
+    Raises:
+        UsageError: k < 1, m < 1, m > 64, k + m > 255, a stripe over 1 GiB, or a manifest over 16 MiB.
+    """
+    if not (k >= 1 and 1 <= m <= PARITY_M_MAX and k + m <= PARITY_TOTAL_MAX):
+        raise UsageError(
+            f"parity: expected K+M with K >= 1, 1 <= M <= {PARITY_M_MAX}, K+M <= {PARITY_TOTAL_MAX}, got {k}+{m}"
+        )
+    try:
+        _check_shape("parity", size, chunk_size, k, m)
+    except ManifestCorrupt as exc:
+        raise UsageError(f"{exc}; nothing of it was stored") from None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +20,15 @@ from fastcas.cli.render import ProgressShow, bytes_text, print_json, print_line,
 from fastcas.cli.runner import resume_hint, run_command
 from fastcas.config import storage_root
 from fastcas.errors import DamageFound, NotFound, PermissionDenied, UsageError
-from fastcas.ids import escape_for_terminal, parse_chunk_size, parse_parity, parse_peer, parse_ref
+from fastcas.ids import (
+    escape_for_terminal,
+    parse_chunk_size,
+    parse_parity,
+    parse_peer,
+    parse_rate,
+    parse_ref,
+    parse_subset,
+)
 
 if TYPE_CHECKING:
     from fastcas.node.access import Access
@@ -297,6 +306,11 @@ def _status_rows(status: dict[str, Any]) -> list[list[str]]:
         ["chunks", str(kept["chunks"])],
         ["stored", f"{stored} of {logical}, {linked} in place"],
     ]
+    scrub = status.get("scrub") or {}
+    if "bytes" in scrub:
+        at = time.strftime("%Y-%m-%d %H:%M", time.localtime(scrub["finished_at"]))
+        found = f"{scrub['n_damaged']} damaged, {scrub['n_repaired']} repaired"
+        rows.append(["scrub", f"{at}, {bytes_text(scrub['bytes'])}, {found}"])
     for item in status.get("downloads", []):
         rate = bytes_text(item["rate_Bps"])
         rows.append(["download", f"{item['name']} {bytes_text(item['done'])} of {bytes_text(item['total'])}, {rate}/s"])
@@ -304,13 +318,29 @@ def _status_rows(status: dict[str, Any]) -> list[list[str]]:
 
 
 @command.command("verify")
-@click.option("--repair", is_flag=True, help="mend what can be mended: other copies, parity, peers")
+@click.option("--repair", is_flag=True, help="mend what can be mended: other copies, parity, then peers")
+@click.option("--peer", "peers", multiple=True, metavar="HOST:PORT", envvar="FASTCAS_PEER",
+              help="a node to repair from (repeatable); a running node also asks those it finds")
+@click.option("--rate", metavar="RATE", help="read at most so many bytes per second; the default is no limit")
+@click.option("--subset", metavar="I/N", help="check the I-th of N parts only")
+@click.option("--restart", is_flag=True, help="begin anew instead of where a verify of the last 24 hours was stopped")
 @_storage_option
 @_json_option
-def verify_command(repair: bool, storage_dir: str, as_json: bool) -> None:
-    """Read everything that is stored and check it."""
+def verify_command(
+    repair: bool, peers: tuple[str, ...], rate: str | None, subset: str | None, restart: bool, storage_dir: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Read everything that is stored and check it. Exits 5 while damage is left."""
+    for text in peers:
+        parse_peer(text, "--peer")
+    args = {
+        "repair": repair, "peers": list(peers), "rate_Bps": parse_rate(rate, "--rate") if rate is not None else None,
+        "subset": list(parse_subset(subset, "--subset")) if subset is not None else None, "restart": restart,
+    }  # fmt: skip
+    if subset is None:
+        resume_hint(shlex.join([PROGRAM, *(word for word in sys.argv[1:] if word != "--restart")]))
     with _access(storage_dir) as access, ProgressShow("verifying", as_json=as_json) as show:
-        report = access.call("verify", {"repair": repair}, on_progress=show)
+        report = access.call("verify", args, on_progress=show)
     if as_json:
         print_json(report)
     else:
@@ -318,9 +348,10 @@ def verify_command(repair: bool, storage_dir: str, as_json: bool) -> None:
             state = f"repaired from {item['repaired_by']}" if item["repaired_by"] else "damaged"
             where = f" at {item['offset']} of {item['path']}" if item["path"] else ""
             print_line(escape_for_terminal(f"{state}: {item['kind']} {item['hash']}{where}: {item['reason']}"))
+        before = f" ({bytes_text(report['resumed_bytes'])} before the interruption)" if report["resumed_bytes"] else ""
         print_line(
-            f"{report['chunks']} chunks, {bytes_text(report['bytes'])}, {report['manifests']} manifests checked: "
-            f"{report['n_damaged']} damaged, {report['n_repaired']} repaired"
+            f"{report['chunks']} chunks, {bytes_text(report['bytes'])}, {report['manifests']} manifests "
+            f"checked{before}: {report['n_damaged']} damaged, {report['n_repaired']} repaired"
         )
     if not report["is_clean"]:
         left = report["n_damaged"] - report["n_repaired"]

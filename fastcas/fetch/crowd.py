@@ -285,7 +285,7 @@ class Crowd:
         """Return what each peer did last, for the error that ends the download."""
         if not self.remotes:
             return "no peer was found" if self.settings.discovery else "no peer is known"
-        shown = [f"{remote.addr}: {remote.did}" for remote in list(self.remotes.values())[:8]]
+        shown = [f"{remote.addr}: {remote.banned or remote.did}" for remote in list(self.remotes.values())[:8]]
         more = len(self.remotes) - len(shown)
         return "; ".join(shown) + (f"; and {more} more peers" if more > 0 else "")
 

@@ -97,6 +97,8 @@ class FolderAccess:
             raise StoreNotFound(f"{shown(self._root)}: no such storage folder")
         if op == "status":
             return {"node_id": None, "storage": str(self._root), "store": dict(self._store.stats())}
+        if op == "verify":
+            return asyncio.run(_verify(self._store, args, on_progress))
         if op not in LOCAL_OPERATIONS:
             raise NodeUnavailable(f"{op}: no node is running on {shown(self._root)}")
         return Operations(self._store).run(op, args, fds, on_progress)
@@ -172,6 +174,28 @@ async def _dht_client(args: dict[str, Any], *, is_needed: bool) -> AsyncIterator
         yield dht.discovery
     finally:
         await dht.close()
+
+
+async def _verify(store: Store, args: dict[str, Any], on_progress: OnProgress | None) -> dict[str, Any]:
+    from fastcas.node.verifying import RepairPeers, report_to_map, run_scrub
+
+    async def here(function: Callable[..., Any], *values: Any) -> Any:
+        await asyncio.sleep(0)  # an interrupt is noticed here
+        return function(*values)
+
+    def progress(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress({"done": done, "total": total})
+
+    named = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
+    scrub = Operations(store).begin_verify(args, can_ask=bool(named))
+    peers = RepairPeers(named) if named and args.get("repair") else None
+    try:
+        report = await run_scrub(scrub, here, peers=peers, rate_Bps=args.get("rate_Bps"), progress=progress)
+    finally:
+        if peers is not None:
+            peers.close()
+    return report_to_map(report)
 
 
 async def _peers(args: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ from fastcas.node.downloads import Downloads
 from fastcas.node.listeners import reachable_host
 from fastcas.node.logs import set_up_logging
 from fastcas.node.operations import Operations
+from fastcas.node.partials import Partials
 from fastcas.node.publisher import Publisher
 from fastcas.node.requests import RequestHandler
 from fastcas.node.store_thread import StoreThread
 from fastcas.node.swarmbook import SwarmBook
+from fastcas.node.verifying import RepairPeers, Scrubber
 from fastcas.peers.discovery import CompositeDiscovery, Discovery, StaticDiscovery
 from fastcas.peers.ring_discovery import RingDiscovery
 from fastcas.store import Store
@@ -49,6 +51,7 @@ log = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 KEYS_DELAY_S = 0.5  # chunk keys that come within this time go into one snapshot
+PARTIALS_DELAY_S = 0.2  # likewise for what is left of incomplete files
 STOP_S = 8.0
 
 
@@ -199,14 +202,16 @@ class Agent:
             announcer=self.announcer, node_id=self.node_id, data_port=self.data_port,
             discovery=lambda: self._dht, callers=self.swarmbook.peers_of, named_peers=self.config.static_peers(),
         )  # fmt: skip
+        self.partials = Partials(self.store, self.thread, self.publisher, self.publish, self.announcer)
+        self._stack.callback(self.partials.close)
         handler = RequestHandler(self)
-        self.operations = Operations(
-            self.store, barrier=self.publisher.barrier, advertised=self.advertised, fetch_chunk=handler.fetch_chunk
-        )
+        self.operations = Operations(self.store, barrier=self.publisher.barrier, advertised=self.advertised)
+        self.scrubber = Scrubber(self.store, self.thread.run, self.repair_peers, self.forget_stats)
         self._stack.push_async_callback(self._close_dht)
         self._stack.push_async_callback(self.announcer.close)
         self._stack.push_async_callback(self.swarmbook.close)
         self._stack.push_async_callback(self.downloads.close)
+        self._stack.push_async_callback(self.scrubber.close)
         if self.config.admin_port:
             admin = AdminServer(self.config.admin_port, handler.status)
             await admin.start()
@@ -221,6 +226,7 @@ class Agent:
         self._early.clear()
         self.publisher.publish_loaded()
         self._on_keys_changed()
+        self.scrubber.start()
         self._stats = await self.thread.run(self.store.stats)
         self._channel.send({"op": "ready", "chunks": self._stats["chunks"]})
         log.info("agent ready node=%s chunks=%d", self.node_id, self._stats["chunks"])
@@ -246,6 +252,10 @@ class Agent:
         if self._dht is not None:
             backends.append(self._dht)
         return CompositeDiscovery(backends)
+
+    def repair_peers(self, named: Sequence[PeerAddr] = ()) -> RepairPeers:
+        """Whom to ask for what this store lost; for one verification."""
+        return RepairPeers([*named, *self.config.static_peers()], self.discovery(), self.node_id)
 
     @property
     def dht(self) -> RingDiscovery | None:
@@ -359,8 +369,14 @@ class Agent:
         self.chunks_generation += 1
         self.chunks_changed.set()
         self.chunks_changed = asyncio.Event()
+        if "partials" not in self._timers and self._is_ready:
+            self._timers["partials"] = self.loop.call_later(PARTIALS_DELAY_S, self._begin_partials)
         if self.has_dht and "keys" not in self._timers and self._is_ready:
             self._timers["keys"] = self.loop.call_later(KEYS_DELAY_S, self._begin_keys)
+
+    def _begin_partials(self) -> None:
+        del self._timers["partials"]
+        self._spawn(self.partials.refresh())
 
     def _begin_keys(self) -> None:
         del self._timers["keys"]

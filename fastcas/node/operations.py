@@ -14,15 +14,14 @@ from typing import Any
 
 from fastcas.errors import Interrupted, NotFound, UsageError
 from fastcas.ids import Link, PeerAddr, parse_ref, short
-from fastcas.store import FileRow, Store, StoredFile
+from fastcas.store import FileRow, Scrub, Store, StoredFile
 
 __all__ = ["LOCAL_OPERATIONS", "Operations", "file_row_to_map"]
 
 OnProgress = Callable[[dict[str, Any]], None]
 Progress = Callable[[int, int], None]
 
-LOCAL_OPERATIONS = frozenset({"store", "ls", "info", "rm", "gc", "verify", "migrate", "index", "stats"})
-DAMAGES_SHOWN = 1000
+LOCAL_OPERATIONS = frozenset({"store", "ls", "info", "rm", "gc", "migrate", "index", "stats"})
 
 
 def file_row_to_map(row: FileRow) -> dict[str, Any]:
@@ -41,7 +40,6 @@ class Operations:
         store: The store.
         barrier: Returns when no process reads what was removed before; without a node there is none.
         advertised: Addresses that a link to a stored file should name.
-        fetch_chunk: Gets a chunk from the network for a repair, or None.
     """
 
     def __init__(
@@ -50,12 +48,10 @@ class Operations:
         *,
         barrier: Callable[[], None] = lambda: None,
         advertised: Callable[[], Sequence[PeerAddr]] = tuple,
-        fetch_chunk: Callable[[bytes], bytes | None] | None = None,
     ) -> None:
         self.store = store
         self._barrier = barrier
         self._advertised = advertised
-        self._fetch_chunk = fetch_chunk
 
     def run(
         self,
@@ -147,14 +143,20 @@ class Operations:
     def _do_gc(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
         return dataclasses.asdict(self.store.gc(self._barrier))
 
-    def _do_verify(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
-        repair = bool(args.get("repair"))
-        report = self.store.verify(repair=repair, fetch=self._fetch_chunk if repair else None, progress=progress)
-        damages = [dataclasses.asdict(item) | {"hash": item.hash.hex()} for item in report.damages[:DAMAGES_SHOWN]]
-        return {
-            "chunks": report.chunks, "bytes": report.bytes, "manifests": report.manifests, "damages": damages,
-            "n_damaged": report.n_damaged, "n_repaired": report.n_repaired, "is_clean": report.is_clean,
-        }  # fmt: skip
+    def begin_verify(self, args: dict[str, Any], *, can_ask: bool) -> Scrub:
+        """Begin what `verify` asks for; who calls drives it (`run_scrub`).
+
+        Args:
+            args: repair, subset [i, n] or None, restart. One without a subset goes on where one like it stopped.
+            can_ask: There are peers to ask.
+        Raises:
+            UsageError: The subset.
+        """
+        subset = args.get("subset")
+        return self.store.scrub(
+            repair=bool(args.get("repair")), ask=can_ask, subset=(int(subset[0]), int(subset[1])) if subset else None,
+            name=None if subset else "verify", restart=bool(args.get("restart")),
+        )  # fmt: skip
 
     def _do_migrate(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
         report = self.store.migrate(os.fsdecode(args["path"]))

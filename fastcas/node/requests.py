@@ -24,6 +24,7 @@ from fastcas.node.listeners import reachable_host
 from fastcas.node.node_discovery import serve_discovery
 from fastcas.node.operations import LOCAL_OPERATIONS
 from fastcas.node.own_discovery import OwnDiscovery
+from fastcas.node.verifying import RepairPeers, report_to_map, run_scrub
 from fastcas.peers.discovery import CompositeDiscovery, Discovery, PeerHint
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RequestHandler"]
 
-REPAIR_FETCH_S = 60.0
-REPAIR_WANT = 8
 PEERS_WANT = 64
 WAITING_S = 1.0
 WATCH_S = 1.0  # how old a handle's copy of the routing table gets
@@ -46,6 +45,7 @@ class RequestHandler:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._handlers: dict[str, Callable[[Request], Awaitable[dict[str, Any]]]] = {
+            "verify": self._verify,
             "get": self._get,
             "peers": self._peers,
             "status": lambda request: self.status(),
@@ -107,30 +107,30 @@ class RequestHandler:
             "dht": {"port": agent.state["dht_port"], "pid": agent.state["dht_pid"], "contacts": contacts}
             if agent.has_dht else None,
             "workers": workers, "store": await agent.store_stats(), "downloads": agent.downloads.running(),
+            "scrub": agent.scrubber.to_map(),
         }  # fmt: skip
 
-    def fetch_chunk(self, digest: bytes) -> bytes | None:
-        """Get a chunk from the network, for a repair. Called in the store's thread; waits for the loop."""
-        future = asyncio.run_coroutine_threadsafe(self._fetch_chunk(digest), self._agent.loop)
+    async def _verify(self, request: Request) -> dict[str, Any]:
+        agent, args = self._agent, request.args
+        loop = asyncio.get_running_loop()
+        begun = asyncio.Event()
+        telling = loop.create_task(_tell_waiting(request, begun))
+        peers: RepairPeers | None = None
         try:
-            return future.result(REPAIR_FETCH_S)
-        except TimeoutError:
-            future.cancel()
-            return None
-
-    async def _fetch_chunk(self, digest: bytes) -> bytes | None:
-        from fastcas.fetch import P2PChunkDownloader
-
-        peers: list[tuple[str, int]] = []
-        async for _, hint in self._agent.discovery().find_chunk_peers([digest], REPAIR_WANT, FETCH_TIMEOUT_S / 3):
-            peers.append((hint.ip, hint.port))
-        if not peers:
-            return None
-        downloader = P2PChunkDownloader()
-        try:
-            return await downloader.download_with_retry(digest.hex(), peers)
+            scrub = await agent.thread.run(agent.operations.begin_verify, args, can_ask=True)
+            begun.set()
+            if args.get("repair"):
+                peers = agent.repair_peers([parse_peer(str(text), "--peer") for text in args.get("peers", [])])
+            report = await run_scrub(
+                scrub, agent.thread.run, peers=peers, rate_Bps=args.get("rate_Bps"), cancelled=request.cancelled,
+                progress=lambda done, total: request.progress({"done": done, "total": total}),
+            )  # fmt: skip
         finally:
-            downloader.close()
+            telling.cancel()
+            if peers is not None:
+                peers.close()
+        agent.forget_stats()
+        return report_to_map(report)
 
     async def _local(self, request: Request) -> dict[str, Any]:
         agent = self._agent
@@ -187,10 +187,13 @@ class RequestHandler:
         here = await self._export(request, link, out, folder)
         if here is not None:
             return here
-        return await self._agent.downloads.get(
-            link, out, folder=folder, peers=peers, timeout_s=timeout_s, raw=bool(args.get("raw")),
-            force=bool(args.get("force")), on_progress=request.progress,
-        )  # fmt: skip
+        try:
+            return await self._agent.downloads.get(
+                link, out, folder=folder, peers=peers, timeout_s=timeout_s, raw=bool(args.get("raw")),
+                force=bool(args.get("force")), on_progress=request.progress,
+            )  # fmt: skip
+        finally:
+            self._agent.partials.republish()
 
     async def _export(
         self, request: Request, link: Link, out: Path | None, folder: Path

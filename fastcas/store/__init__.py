@@ -7,6 +7,7 @@ Never: opens a socket, starts a process, writes a user's own file, or hands out 
 """
 
 from fastcas.store.collection import Collection, FileEntry, PackEntry, SmallEntry, check_path, check_paths
+from fastcas.store.scrub import Scrub
 from fastcas.store.store import Store
 from fastcas.store.types import (
     Damage,
@@ -18,6 +19,7 @@ from fastcas.store.types import (
     StoredFile,
     StoreListener,
     VerifyReport,
+    Wanted,
 )
 
 __all__ = [
@@ -30,11 +32,13 @@ __all__ = [
     "Identity",
     "MigrateReport",
     "PackEntry",
+    "Scrub",
     "SmallEntry",
     "Store",
     "StoreListener",
     "StoredFile",
     "VerifyReport",
+    "Wanted",
     "check_path",
     "check_paths",
 ]

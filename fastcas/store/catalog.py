@@ -9,6 +9,8 @@ folder's flock allows one process anyway, and this way no shared-memory file is 
     manifests  hash -> file, blob, shape, and whether every data chunk has an extent
     files      content hash -> the manifest that it is served under
     names, pins, members (collection -> manifests of its files), garbage (ranges to be freed after the barrier)
+    lost       chunks of owned blobs that were found damaged or gone and are not back yet
+    meta       catalog_id; where an interrupted verification stopped
 
 Device and inode numbers are unsigned 64-bit; SQLite's are signed: they are stored as two's complement.
 Never: touches a blob. Every sqlite3 error becomes one of ours here.
@@ -66,6 +68,8 @@ CREATE TABLE garbage(
     blob INTEGER NOT NULL, offset INTEGER NOT NULL, length INTEGER NOT NULL,
     PRIMARY KEY(blob, offset, length)) WITHOUT ROWID;
 """
+# Also made in catalogs that were written without it; who does not know it loses nothing but the memory of parity.
+LOST = "CREATE TABLE IF NOT EXISTS lost(hash BLOB PRIMARY KEY, length INTEGER NOT NULL) WITHOUT ROWID;"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +174,7 @@ class Catalog:
         if row is None or len(row[0]) != 16:
             raise CatalogCorrupt(f"{shown(self.path)}: no catalog id; the blobs are untouched")
         self.catalog_id: bytes = row[0]
+        db.execute(LOST)
 
     def close(self) -> None:
         """Close the database. Idempotent."""
@@ -232,6 +237,21 @@ class Catalog:
         """Run one statement for many rows inside a transaction."""
         with self._errors("writing to it"):
             self._db.executemany(sql, rows)
+
+    # --- small facts ---
+
+    def fact(self, key: str) -> bytes | None:
+        """Return what was remembered under a key."""
+        rows = self.query("SELECT value FROM meta WHERE key=?", (key,))
+        return bytes(rows[0][0]) if rows else None
+
+    def remember(self, key: str, value: bytes | None) -> None:
+        """Remember a small value under a key, or (None) forget it. A transaction of its own."""
+        with self.transaction():
+            if value is None:
+                self.execute("DELETE FROM meta WHERE key=?", (key,))
+            else:
+                self.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (key, value))
 
     # --- blobs ---
 

@@ -2,13 +2,15 @@
 published at once.
 
     reader thread ──buffer──▶ store's thread: hash, look up, plan ──runs of new chunks──▶ writer thread
+                        └───▶ parity thread: encode, hash ──parity chunks──┘
 
-Three buffers go round, so reading, hashing and writing overlap. A chunk that an owned blob holds already is not
-written again, nor is one that came earlier in the same ingest; `in place` writes no data chunk at all. Parity is
+Three buffers go round, so reading, hashing, encoding and writing overlap. A chunk that an owned blob holds already is
+not written again, nor is one that came earlier in the same ingest; `in place` writes no data chunk at all. Parity is
 encoded from the same buffers and is always owned.
 Publish order (architecture §7): blob (temp, write, fsync, rename, fsync folder), manifests likewise, catalog
 commit, listener. Until the commit nothing refers to what was written, and an error takes it away again.
-Memory: three buffers of max(4 MiB, one stripe or chunk), each with the parity of its stripes.
+Memory: three buffers (fewer for a file that needs fewer), each of one stripe with its parity, or of as many stripes
+as fit 4 MiB: at most 3 * max((k + m) * chunk size, 4 MiB).
 """
 
 from __future__ import annotations
@@ -22,11 +24,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastcas.errors import FileChanged, UsageError
+from fastcas.errors import FileChanged
 from fastcas.hashing import Sha256, chunk_pass, digest_many, sha256
 from fastcas.ids import Link
-from fastcas.limits import PARITY_M_MAX, PARITY_TOTAL_MAX, STRIPE_BYTES_MAX
-from fastcas.metadata import EMPTY_SHA256, SHA256_IV, Manifest, choose_chunk_size
+from fastcas.metadata import EMPTY_SHA256, SHA256_IV, Manifest, check_parity, choose_chunk_size
 from fastcas.parity import ReedSolomon
 from fastcas.store.blobs import BlobWriter
 from fastcas.store.catalog import LINKED, OWNED, BlobRow
@@ -38,6 +39,8 @@ __all__ = ["Entry", "Ingest", "Staged", "stored_file"]
 
 BUFFER_B = 4 << 20
 SLOTS = 3
+_ZEROS = bytes(1 << 16)
+_Encoded = tuple[list[bytes], list[memoryview]]
 
 
 @dataclass(slots=True)
@@ -70,12 +73,45 @@ class _Inline(Executor):
         return future
 
 
-class _Slot:
-    """One buffer, the parity of its stripes, and the write that still reads from them."""
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a file's stripes lie in the buffers of its ingest.
 
-    def __init__(self, size: int, parity_size: int) -> None:
-        self.view = memoryview(bytearray(size))
-        self.parity = memoryview(bytearray(parity_size))
+    Attributes:
+        unit: Bytes per chunk; of a file with one chunk, that chunk's.
+        step: Bytes of the file per buffer: whole stripes.
+        n_steps: Buffers to fill, one after the other.
+        n_slots: Buffers that there are.
+        data_size: Bytes of one for data, padding of short stripes included.
+        parity_size: Bytes of one for parity.
+    """
+
+    unit: int
+    step: int
+    n_steps: int
+    n_slots: int
+    data_size: int
+    parity_size: int
+
+    @classmethod
+    def of(cls, size: int, chunk_size: int, k: int, m: int) -> Layout:
+        """Return the layout of a file of `size` bytes; k = m = 0 without parity."""
+        unit = min(chunk_size, size)
+        if unit == 0:
+            return cls(0, 0, 0, 0, 0, 0)
+        width = max(k, 1)
+        step = width * chunk_size * max(1, BUFFER_B // ((width + m) * chunk_size))
+        n_steps = -(-size // step)
+        n_stripes = -(-min(step, size) // (width * chunk_size))
+        return cls(unit, step, n_steps, min(n_steps, SLOTS), n_stripes * width * unit, n_stripes * m * unit)
+
+
+class _Slot:
+    """One buffer, the parity of its stripes, and the work that still reads from them."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.view = memoryview(bytearray(layout.data_size))
+        self.parity = memoryview(bytearray(layout.parity_size))
         self.pending: Future[Any] | None = None
 
     def settle(self) -> None:
@@ -85,29 +121,33 @@ class _Slot:
 
 
 class _Parity:
-    """Encodes the stripes of one file, buffer by buffer."""
+    """Encodes the stripes of one file, buffer by buffer, in any one thread at a time."""
 
-    def __init__(self, k: int, m: int, chunk_size: int) -> None:
+    def __init__(self, k: int, m: int) -> None:
         self._code = ReedSolomon(k, m)
         self._k, self._m = k, m
-        self._zeros = memoryview(bytes(chunk_size))
         self.hashes = bytearray()
 
-    def encode(self, chunks: Sequence[memoryview], out: memoryview) -> list[memoryview]:
-        """Return the parity chunks of whole stripes (the last may be short), as views of `out`."""
+    def encode(self, slot: _Slot, length: int, unit: int) -> tuple[list[bytes], list[memoryview]]:
+        """Encode the stripes in the first `length` bytes of a buffer; what is behind them is overwritten.
+
+        Returns:
+            Hashes and bytes of the parity chunks; the bytes lie in the slot.
+        """
+        end = -(-length // (self._k * unit)) * self._k * unit
+        for at in range(length, end, len(_ZEROS)):
+            slot.view[at:end][: len(_ZEROS)] = _ZEROS[: end - at]
         shards: list[memoryview] = []
-        at = 0
-        for first in range(0, len(chunks), self._k):
-            data = list(chunks[first : first + self._k])
-            length = len(data[0])
-            if len(data[-1]) < length:
-                data[-1] = memoryview(bytes(data[-1]).ljust(length, b"\0"))
-            data += [self._zeros[:length]] * (self._k - len(data))
-            rows = [out[at + i * length : at + (i + 1) * length] for i in range(self._m)]
-            at += self._m * length
-            self._code.encode(data, rows)
-            shards += rows
-        return shards
+        for first in range(0, end, self._k * unit):
+            # A stripe with a single, shorter chunk has shards of that length.
+            size = min(unit, length - first)
+            data = [slot.view[at : at + size] for at in range(first, first + self._k * unit, unit)]
+            base = len(shards) * unit
+            rows = [slot.parity[at : at + size] for at in range(base, base + self._m * unit, unit)]
+            shards += self._code.encode(data, rows)
+        keys = digest_many(shards)
+        self.hashes += b"".join(keys)
+        return keys, shards
 
 
 class _Hashes:
@@ -181,21 +221,16 @@ class Ingest:
         size = source.size
         unit = choose_chunk_size(size, chunk_size)
         k, m = parity or (0, 0)
-        if parity is not None and not (k >= 1 and 1 <= m <= PARITY_M_MAX and k + m <= PARITY_TOTAL_MAX):
-            raise UsageError(f"parity: expected K+M with K >= 1, M <= {PARITY_M_MAX}, K+M <= 255, got {k}+{m}")
-        if (k + m) * unit > STRIPE_BYTES_MAX:
-            raise UsageError(f"parity: a stripe of {k}+{m} chunks of {unit} B is over {STRIPE_BYTES_MAX} B")
+        if parity is not None:
+            check_parity(size, unit, k, m)
         hashes = _Hashes(size, unit)
-        code = _Parity(k, m, unit) if parity else None
+        code = _Parity(k, m) if parity else None
         written_before = self._blob.size
-        for chunks, slot, writer in self._buffers(source, unit, k, m, progress):
+        for chunks, encoding, slot, writer in self._buffers(source, Layout.of(size, unit, k, m), code, progress):
             keys = hashes.feed(chunks)
             runs = [] if in_place else self._plan(keys, chunks)
-            if code is not None:
-                shards = code.encode(chunks, slot.parity)
-                parity_keys = digest_many(shards)
-                code.hashes += b"".join(parity_keys)
-                runs += self._plan(parity_keys, shards)
+            if encoding is not None:
+                runs += self._plan(*encoding.result())
             if runs:
                 length = sum(len(run) for run in runs)
                 offset = self._blob.size - length
@@ -211,22 +246,18 @@ class Ingest:
         return staged
 
     def _buffers(
-        self, source: Source, unit: int, k: int, m: int, progress: Progress | None
-    ) -> Iterator[tuple[list[memoryview], _Slot, Executor]]:
-        """Yield the source's chunks, buffer by buffer, reading one buffer ahead."""
-        size = source.size
-        stripe = unit * max(k, 1)
-        step = stripe * max(1, BUFFER_B // stripe)
-        n_steps = -(-size // step)
-        n_stripes = -(-min(step, size) // stripe)
-        slots = [_Slot(min(step, size), n_stripes * m * min(unit, size)) for _ in range(min(n_steps, SLOTS))]
+        self, source: Source, layout: Layout, code: _Parity | None, progress: Progress | None
+    ) -> Iterator[tuple[list[memoryview], Future[_Encoded] | None, _Slot, Executor]]:
+        """Yield the source's chunks, buffer by buffer, reading one buffer ahead; their parity is being encoded."""
+        size, unit, step, n_steps = source.size, layout.unit, layout.step, layout.n_steps
+        slots = [_Slot(layout) for _ in range(layout.n_slots)]
         with ExitStack() as stack:
-            if n_steps > 1:
-                reader: Executor = stack.enter_context(ThreadPoolExecutor(1, "fastcas-read"))
-                writer: Executor = stack.enter_context(ThreadPoolExecutor(1, "fastcas-write"))
-            else:
-                reader = writer = _Inline()
-            ahead = reader.submit(source.readinto, slots[0].view) if slots else None
+
+            def executor(name: str) -> Executor:
+                return stack.enter_context(ThreadPoolExecutor(1, name)) if n_steps > 1 else _Inline()
+
+            reader, writer, encoder = executor("fastcas-read"), executor("fastcas-write"), executor("fastcas-parity")
+            ahead = reader.submit(source.readinto, slots[0].view[: min(step, size)]) if slots else None
             for i in range(n_steps):
                 slot, want = slots[i % SLOTS], min(step, size - i * step)
                 assert ahead is not None
@@ -236,11 +267,12 @@ class Ingest:
                     raise FileChanged(
                         f"{source.label}: ended after {i * step + got} B of {size} B; nothing of it was stored"
                     )
+                encoding = encoder.submit(code.encode, slot, want, unit) if code is not None else None
                 if i + 1 < n_steps:
                     following = slots[(i + 1) % SLOTS]
                     following.settle()
                     ahead = reader.submit(source.readinto, following.view[: min(step, size - (i + 1) * step)])
-                yield [slot.view[at : min(at + unit, want)] for at in range(0, want, unit)], slot, writer
+                yield [slot.view[at : min(at + unit, want)] for at in range(0, want, unit)], encoding, slot, writer
                 if progress is not None:
                     progress(i * step + want, size)
             for slot in slots:

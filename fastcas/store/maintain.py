@@ -23,7 +23,7 @@ from fastcas.store.core import Core
 from fastcas.store.paths import BLOB_DIR, is_held, os_errors, punch_hole
 from fastcas.store.types import GcReport, StoreListener
 
-__all__ = ["drop_extents", "forget_growing", "gc", "load", "remove", "renumber", "withdraw"]
+__all__ = ["drop_extents", "forget_growing", "gc", "hide", "load", "remove", "renumber", "withdraw"]
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,8 @@ def drop_extents(
 ) -> None:
     """Take (offset, length, hash) extents of a blob, or all of them, out of the catalog and tell the listener.
 
-    Files that are not whole without them become incomplete. Ranges of an owned blob become garbage for `gc`.
+    Files that are not whole without them become incomplete. Ranges of an owned blob become garbage for `gc`, its
+    chunks are remembered as lost until they are back.
 
     Args:
         forget: Delete the blob's row as well.
@@ -117,8 +118,10 @@ def drop_extents(
         catalog.many(
             "DELETE FROM extents WHERE blob=? AND offset=? AND length=?", ((blob.number, o, n) for o, n, _ in rows)
         )
-        if blob.kind == OWNED and not forget:
-            catalog.many("INSERT OR IGNORE INTO garbage VALUES(?,?,?)", ((blob.number, o, n) for o, n, _ in rows))
+        if blob.kind == OWNED:
+            if not forget:
+                catalog.many("INSERT OR IGNORE INTO garbage VALUES(?,?,?)", ((blob.number, o, n) for o, n, _ in rows))
+            catalog.many("INSERT OR IGNORE INTO lost VALUES(?,?)", ((key, n) for _, n, key in rows))
         if forget:
             catalog.execute("DELETE FROM blobs WHERE number=?", (blob.number,))
             catalog.execute("DELETE FROM garbage WHERE blob=?", (blob.number,))
@@ -151,6 +154,17 @@ def _mark_incomplete(core: Core, manifests: Iterable[bytes]) -> tuple[list[tuple
             else:
                 gone.append(file_hash)
     return moved, gone
+
+
+def hide(core: Core, manifest_hash: bytes) -> None:
+    """Mark a manifest incomplete whose chunks went while it could not be read, and tell the listener."""
+    with core.catalog.transaction():
+        moved, gone = _mark_incomplete(core, [manifest_hash])
+    if core.listener is not None:
+        for file_hash, other in moved:
+            core.listener.on_file(file_hash, other)
+        for file_hash in gone:
+            core.listener.on_file_removed(file_hash)
 
 
 def withdraw(core: Core, blob: BlobRow, reason: str) -> None:
@@ -270,6 +284,7 @@ def gc(core: Core, barrier: Callable[[], None]) -> GcReport:
             "INSERT OR IGNORE INTO garbage SELECT ?1, ?2, ?3 FROM blobs WHERE number=?1 AND kind=0",
             (row[:3] for row in dead),
         )
+        catalog.execute("DELETE FROM lost WHERE hash NOT IN (SELECT hash FROM temp.needed)")
         catalog.execute("DELETE FROM temp.needed")
     report.chunks = len({row[3] for row in dead})
     core.say_moved_or_lost([row[3] for row in dead])

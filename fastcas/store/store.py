@@ -17,12 +17,12 @@ from fastcas.store import linked as _linked
 from fastcas.store import lock as _lock
 from fastcas.store import maintain as _maintain
 from fastcas.store import migrate as _migrate
-from fastcas.store import scrub as _scrub
 from fastcas.store import tree as _tree
 from fastcas.store.catalog import LINKED, OWNED, Catalog
 from fastcas.store.collection import Collection
 from fastcas.store.core import Core
 from fastcas.store.paths import BLOB_DIR, MANIFEST_DIR, QUARANTINE_DIR, Folder, root_of, shown
+from fastcas.store.scrub import Scrub
 from fastcas.store.sources import FileSource, open_user_file
 from fastcas.store.types import (
     Extent,
@@ -459,9 +459,55 @@ class Store:
         Raises:
             UsageError: `subset` is out of range.
         """
+        with self.scrub(repair=repair, ask=fetch is not None, subset=subset) as scrub:
+            while scrub.step():
+                while wanted := scrub.requests():
+                    for item in wanted:
+                        scrub.give(item, fetch(item.hash) if fetch is not None else None)
+                if progress is not None:
+                    progress(scrub.report.bytes, max(scrub.total, scrub.report.bytes))
+            if progress is not None:
+                progress(scrub.report.bytes, scrub.report.bytes)
+            return scrub.report
+
+    def scrub(
+        self,
+        *,
+        repair: bool = False,
+        ask: bool = False,
+        subset: tuple[int, int] | None = None,
+        name: str | None = None,
+        restart: bool = False,
+    ) -> Scrub:
+        """Begin a verification that goes on in slices, between which the store does other work.
+
+        Args:
+            repair, subset: As for `verify`.
+            ask: What this machine cannot heal is asked for by `Scrub.requests`.
+            name: Under which it can be gone on with, by another scrub of that name, after an interruption.
+            restart: Begin at the start all the same.
+        Raises:
+            UsageError: `subset` is out of range.
+        """
         if subset is not None and not 1 <= subset[0] <= subset[1]:
             raise UsageError(f"subset: expected I/N with 1 <= I <= N, got {subset[0]}/{subset[1]}")
-        return _scrub.verify(self._core, repair=repair, fetch=fetch, progress=progress, subset=subset)
+        return Scrub(self._core, repair=repair, ask=ask, subset=subset, name=name, restart=restart)
+
+    def fact(self, key: str) -> bytes | None:
+        """Return what was remembered under a key."""
+        return self._core.catalog.fact(key)
+
+    def remember(self, key: str, value: bytes | None) -> None:
+        """Remember a small value across restarts, None: forget it."""
+        self._core.catalog.remember(key, value)
+
+    def incomplete(self) -> list[Manifest]:
+        """Return the manifests of files that lack data chunks, as far as they can be read."""
+        rows = self._core.catalog.query(
+            "SELECT m.hash FROM files f JOIN manifests m ON m.hash=f.manifest WHERE NOT m.complete"
+        )
+        found = (self._core.catalog.manifest(row[0]) for row in rows)
+        return [m for row in found if row is not None and (m := self._core.try_manifest(row)) is not None]
 
     def withdraw_blob(self, number: int, reason: str) -> None:
         """Stop believing a blob that a worker found changed, shortened or gone. Unknown numbers are ignored.

@@ -21,6 +21,7 @@ __all__ = [
     "StoreListener",
     "StoredFile",
     "VerifyReport",
+    "Wanted",
 ]
 
 Progress = Callable[[int, int], None]
@@ -150,24 +151,50 @@ class Damage:
     repaired_by: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a verification would like to have from others.
+
+    Attributes:
+        hash: Of the chunk or manifest.
+        length: Bytes.
+        file_hash: A file that it belongs to, where one is known.
+        is_manifest: It is a manifest.
+    """
+
+    hash: bytes
+    length: int
+    file_hash: bytes | None
+    is_manifest: bool
+
+
 @dataclass(slots=True)
 class VerifyReport:
-    """What `verify` read and found. `is_clean` is False while damage remains unrepaired."""
+    """What `verify` read and found. `is_clean` is False while damage remains unrepaired.
+
+    Attributes:
+        chunks, bytes, manifests: What was checked, before an interruption, too.
+        damages: What was found since the last interruption.
+        repaired_before: Damages that were found and repaired before it.
+        resumed_bytes: Bytes that were checked before it.
+    """
 
     chunks: int = 0
     bytes: int = 0
     manifests: int = 0
     damages: list[Damage] = field(default_factory=list)
+    repaired_before: int = 0
+    resumed_bytes: int = 0
 
     @property
     def n_damaged(self) -> int:
         """Everything found damaged, repaired or not."""
-        return len(self.damages)
+        return len(self.damages) + self.repaired_before
 
     @property
     def n_repaired(self) -> int:
         """How much of it is whole again."""
-        return sum(1 for damage in self.damages if damage.repaired_by)
+        return sum(1 for damage in self.damages if damage.repaired_by) + self.repaired_before
 
     @property
     def is_clean(self) -> bool:

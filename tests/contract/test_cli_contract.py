@@ -52,7 +52,7 @@ def test_commands_and_flags_are_those_of_the_contract() -> None:
     assert flags(fastcas_command.commands["get"]) >= {
         "-o", "--storage-dir", "--peer", "--bootstrap", "--timeout", "--json",
     }  # fmt: skip
-    assert "--repair" in flags(fastcas_command.commands["verify"])
+    assert flags(fastcas_command.commands["verify"]) >= {"--repair", "--peer", "--rate", "--subset", "--restart"}
     assert "--json" in flags(fastcas_command.commands["index"])
     assert flags(node_command) == {
         "--workers", "--host", "--port", "--dht-port", "--storage-dir", "--node-id", "--bootstrap", "--peer",
@@ -163,6 +163,20 @@ def test_storage_folder_comes_from_the_environment(tmp_path: Path, content_file:
         (["store", "FILE", "--chunk-size", "100000"], 2, "--chunk-size"),
         (["store", "FILE", "--parity", "4"], 2, "--parity"),
         (["store", "FILE", "--parity", "200+100"], 2, "--parity"),
+        (["store", "FILE", "--parity", "0+2"], 2, "--parity"),
+        (["store", "FILE", "--parity", "4+0"], 2, "--parity"),
+        (["store", "FILE", "--parity", "-4+2"], 2, "--parity"),
+        (["store", "FILE", "--parity", "4+2+1"], 2, "--parity"),
+        (["store", "FILE", "--parity", "four+two"], 2, "--parity"),
+        (["store", "FILE", "--parity", "4+99999999999999999999"], 2, "--parity"),
+        (["store", "FILE", "--parity", "100+10", "--chunk-size", "16MiB"], 2, "stripe"),
+        (["store", "FILE", "--chunking", "cdc"], 2, "--chunking"),
+        (["verify", "--rate", "fast"], 2, "--rate"),
+        (["verify", "--rate", "0"], 2, "--rate"),
+        (["verify", "--subset", "5/4"], 2, "--subset"),
+        (["verify", "--subset", "0/4"], 2, "--subset"),
+        (["verify", "--subset", "half"], 2, "--subset"),
+        (["verify", "--repair", "--peer", "nowhere"], 2, "--peer"),
         (["store", "MISSING"], 3, "MISSING"),
         (["store"], 2, "PATH"),
         (["info", "xyz"], 2, "REF"),

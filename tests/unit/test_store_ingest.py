@@ -339,17 +339,6 @@ def test_failed_commit_takes_the_blob_away(store: Store, tmp_path: Path, monkeyp
     assert store.store_file(path).new_bytes == 100_000
 
 
-@pytest.mark.parametrize("parity", [(0, 1), (4, 0), (200, 60), (4, 65)])
-def test_parity_out_of_range_is_refused(store: Store, tmp_path: Path, parity: tuple[int, int]) -> None:
-    with pytest.raises(UsageError, match="parity"):
-        store.store_file(write(tmp_path / "f", b"x"), parity=parity)
-
-
-def test_parity_stripe_over_the_limit_is_refused(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="stripe"):
-        store.store_file(write(tmp_path / "f", b"x"), chunk_size=16 << 20, parity=(100, 10))
-
-
 def test_owned_blobs_are_read_only_in_private_folders(store: Store, tmp_path: Path) -> None:
     store.store_file(write(tmp_path / "f", data_of(100_000)))
     store.identity()
