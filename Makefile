@@ -52,6 +52,7 @@ bench: bench-tools
 	$(PY) -m bench.fetch
 	$(PY) -m bench.serve
 	$(PY) -m bench.serve_more
+	$(PY) -m bench.slow_clients
 	$(PY) -m bench.kernels
 	$(PY) -m pytest -q bench/table.py
 
