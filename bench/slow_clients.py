@@ -34,7 +34,10 @@ MARGIN_S = 5.0
 # options of slowhttptest, and the deadline after which nobody of the crowd may be left
 ATTACKS = {
     "slowloris": (["-H", "-i", "5", "-x", "24"], HEADER_DEADLINE_S),
-    "slowread": (["-X", "-w", "1", "-y", "16", "-n", "3", "-z", "8", "-k", "1"], max(MIN_RATE_WINDOW_S, STALL_S) + STALL_S),
+    "slowread": (
+        ["-X", "-w", "1", "-y", "16", "-n", "3", "-z", "8", "-k", "1"],
+        max(MIN_RATE_WINDOW_S, STALL_S) + STALL_S,
+    ),
 }
 
 

@@ -1,6 +1,8 @@
 /* The connection machine: READING -> (QUEUED -> READING)? -> (SENDING | PARKED -> SENDING) -> READING ... -> LINGERING
  * -> free. */
 #include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -255,11 +257,23 @@ static int receive(fcas_conn *c, input *in)
     return 1;
 }
 
+/* c has read what it was sent so far, all but what a new connection may have in its queue: it gets more at once. Peers
+ * elsewhere keep the little that upload slots allow them (slots.c). */
+static void prove(fcas_conn *c)
+{
+    unsigned most = FCAS_UNSENT_PROVEN;
+    c->proven = 1;
+    if (!c->is_peer || c->local)
+        setsockopt(c->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &most, sizeof most);
+}
+
 /* SENDING: 1 = the response is done and another request may follow, 0 = blocked, -1 = c is closed or lingers. */
 static int send_on(fcas_engine *e, fcas_conn *c, uint64_t *turn)
 {
     uint64_t         before = c->sent;
     fcas_send_result result = fcas_send(e, c, turn);
+    if (!c->proven && c->sent >= FCAS_PROVEN_BYTES)
+        prove(c);
     if (c->blocked_ns && c->sent != before && e->now_ns - c->blocked_ns >= FCAS_UNWRITABLE_NS)
         c->slow = 1;
     if (result != SEND_BLOCKED)

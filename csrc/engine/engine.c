@@ -16,9 +16,6 @@
 
 #include "engine/internal.h"
 
-/* What a socket takes beyond what its peer's window lets go, bytes. Without it a peer that reads nothing is handed up to
- * 4 MiB: filling and freeing the queues of 1,000 such peers takes a second of CPU, in which nobody else is served. */
-#define UNSENT_MAX (256u << 10)
 #define ACCEPT_BATCH   64
 #define LISTENER_TAG   UINT64_MAX
 #define KICK_TAG       (UINT64_MAX - 1)
@@ -444,7 +441,7 @@ static fcas_status open_engine(fcas_engine *e)
         return FCAS_E_SYS;
     /* accepted sockets inherit all three */
     int          one = 1;
-    unsigned int timeout_ms = (unsigned)(e->config.stall_ns / 1000000), unsent = UNSENT_MAX;
+    unsigned int timeout_ms = (unsigned)(e->config.stall_ns / 1000000), unsent = FCAS_UNSENT_NEW;
     setsockopt(e->config.listener, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     setsockopt(e->config.listener, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout_ms, sizeof timeout_ms);
     setsockopt(e->config.listener, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof unsent);

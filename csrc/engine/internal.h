@@ -22,6 +22,12 @@
 #define FCAS_BATCH        256
 #define FCAS_SLOTS_MAX    64u
 #define FCAS_SLOT_QUEUED  1
+/* What a socket takes beyond what its peer's window lets go, bytes. Without it a peer that reads nothing is handed up to
+ * 4 MiB: filling and freeing the queues of 1,000 such peers takes a second of CPU, in which nobody else is served. Whoever
+ * has taken FCAS_PROVEN_BYTES may have more at once: it saves a quarter of the CPU of 1 MiB responses (docs/DECISIONS.md). */
+#define FCAS_UNSENT_NEW    (256u << 10)
+#define FCAS_UNSENT_PROVEN (2u << 20)
+#define FCAS_PROVEN_BYTES  (4u << 20)
 #define FCAS_UNWRITABLE_NS 50000000ll /* so long without room in its socket, and a connection is slow */
 
 typedef struct fcas_conn fcas_conn;
@@ -97,6 +103,7 @@ struct fcas_conn {
     uint8_t    bucket;      /* epoch bucket + 1, 0 = no extent in flight */
     uint8_t    mem_borrowed; /* mem is the engine's scratch */
     uint8_t    served;      /* at least one response was finished */
+    uint8_t    proven;      /* FCAS_UNSENT_PROVEN holds for it */
     uint16_t   in_len;
     uint16_t   port;
     int        fd;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import select
 import socket
@@ -401,3 +402,28 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         s.until(lambda: s.count("requests") == 1, "it still serves")
     with pytest.raises(UsageError):
         s.engine.run()
+
+
+def unsent_max(made: Served) -> int:
+    """Return TCP_NOTSENT_LOWAT of the engine's only connection, found among this process's descriptors."""
+    port = made.clients[0].getsockname()[1]
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(entry.name))) as sock:
+            if sock.getpeername()[1:2] == (port,):
+                return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
+    raise AssertionError("no connection")
+
+
+def test_only_who_has_taken_much_gets_much_at_once(tmp_path: Path) -> None:
+    """A reader of nothing is handed little, however much it asks for; one that read 4 MiB gets more."""
+    with served(tmp_path) as made:
+        digest = made.store.add_chunks(content(8 << 20), 8 << 20)[0]
+        ask = f"GET /chunks/{digest.hex()} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+        client = made.client(ask)
+        made.until(lambda: made.count("bytes_sent") > 0, "the response has begun")
+        assert unsent_max(made) == 256 << 10
+        pieces: list[bytes] = []
+        made.until(
+            lambda: made.read_until_closed(client, pieces) or sum(map(len, pieces)) > 8 << 20, "the response is read"
+        )
+        assert unsent_max(made) == 2 << 20
