@@ -2,10 +2,10 @@
 
 slowhttptest (Debian) attacks one worker that has the default limits: first with heads that never end (slowloris), then
 with readers of a few bytes every 3 s (slow read). A good client (bench/load_client.c) fetches 64 KiB chunks over 16
-connections, alone, for as long as the crowd is there, and beside a process that only burns as much CPU as slowhttptest did
-(on two cores, which worker and good client fill, the attacker's own CPU is most of what is lost); turns of 1 s, medians.
-Prints the rates, the ratio to the burner that says what the worker makes of the crowd, how many slow connections it held
-at most, and how long after their start the last was gone.
+connections: alone, for as long as the crowd is there, and beside a process that only burns as much CPU as slowhttptest
+did. Worker and good client fill two cores, so that the attacker's own CPU is most of what is lost there; the ratio to
+the burner says what the worker makes of the crowd. Turns of 1 s, medians. Prints the rates, how many slow connections
+the worker held at most, and how long after their start the last was gone.
 
     python -m bench.slow_clients [--connections 1000] [--attacks slowloris,slowread]
 """
@@ -104,9 +104,11 @@ class Attack:
             burner.wait()
         free, burned, during = (statistics.median(rates) for rates in (alone, control, beside))
         gone = "not all gone" if gone_s is None else f"all gone after {gone_s:.0f} s"
-        print(f"{name:<10} good client alone {free:,.0f}/s, beside {during:,.0f}/s = {during / free:.0%}; beside a burner of the "
-              f"attacker's {crowd_cpu:.2f} CPUs {burned:,.0f}/s: keeps {during / burned:.0%} (target 90%); "
-              f"{most:,} held, {gone} (deadline {deadline_s:.0f} s)")  # fmt: skip
+        print(
+            f"{name:<10} good client alone {free:,.0f}/s, beside the crowd {during:,.0f}/s ({during / free:.0%}), beside a "
+            f"burner of the attacker's {crowd_cpu:.2f} CPUs {burned:,.0f}/s: keeps {during / burned:.0%} (target 90%)\n"
+            f"{'':<10} {most:,} held, {gone} (deadline {deadline_s:.0f} s)"
+        )
 
 
 def main() -> None:
