@@ -106,7 +106,8 @@ class Attack:
         gone = "not all gone" if gone_s is None else f"all gone after {gone_s:.0f} s"
         print(
             f"{name:<10} good client alone {free:,.0f}/s, beside the crowd {during:,.0f}/s ({during / free:.0%}), "
-            f"beside a burner of the attacker's {crowd_cpu:.2f} CPUs {burned:,.0f}/s: keeps {during / burned:.0%} (target 90%)\n"
+            f"beside a burner of the attacker's {crowd_cpu:.2f} CPUs {burned:,.0f}/s: "
+            f"keeps {during / burned:.0%} (target 90%)\n"
             f"{'':<10} {most:,} held, {gone} (deadline {deadline_s:.0f} s)"
         )
 
