@@ -10,7 +10,7 @@
  * csrc/README.md). */
 #include "sha256/kernels.h"
 
-#if FCAS_SHA256_HAVE_SHANI
+#if FCAS_SHA256_HAVE_SIMD
 #include <immintrin.h>
 
 #include "common/cpu.h"
@@ -173,8 +173,9 @@ static void compress2_in_turn(uint32_t state_a[8], const uint8_t *a, uint32_t st
     compress(state_b, b, nblocks);
 }
 
-const fcas_sha256_kernel fcas_sha256_shani = {"shani", NEEDS, compress, compress2_in_turn};
-const fcas_sha256_kernel fcas_sha256_shani_x2 = {"shani_x2", NEEDS, compress, compress2_interleaved};
+const fcas_sha256_kernel fcas_sha256_shani = {"shani", NEEDS, compress, compress2_in_turn, 0, 0, NULL};
+const fcas_sha256_kernel fcas_sha256_shani_x2 = {"shani_x2", NEEDS, compress, compress2_interleaved, 0,
+                                                 0, NULL};
 #else
 /* ISO C forbids an empty translation unit. */
 typedef int fcas_sha256_shani_not_built;

@@ -15,7 +15,8 @@ from fastcas.parity import _gf256
 
 ROOT = Path(__file__).parents[2]
 ROOMS = {
-    "hashing": ("FASTCAS_SHA256_KERNEL", hashing, _sha256, "FCAS_NO_SHANI", ["generic", "shani", "shani_x2"]),
+    "hashing": ("FASTCAS_SHA256_KERNEL", hashing, _sha256, "FCAS_NO_SHA256_SIMD",
+                ["generic", "avx2_x8", "shani", "avx512_x16", "shani_x2"]),
     "parity": ("FASTCAS_GF256_KERNEL", parity, _gf256, "FCAS_NO_GF256_SIMD", ["generic", "ssse3", "avx2", "gfni"]),
 }
 
