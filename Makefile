@@ -58,6 +58,7 @@ bench: bench-tools
 
 bench-kernels: build
 	$(PY) -m bench.kernels
+	$(PY) -m pytest -q bench/micro_sha256.py
 
 lint: build
 	$(VENV)/bin/ruff check .

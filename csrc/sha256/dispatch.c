@@ -11,20 +11,24 @@ static const struct {
     const fcas_sha256_kernel *kernel; /* NULL: not built */
 } kernels[] = {
     {"generic", &fcas_sha256_generic},
-#if FCAS_SHA256_HAVE_SHANI
+#if FCAS_SHA256_HAVE_SIMD
+    {"avx2_x8", &fcas_sha256_avx2_x8},
     {"shani", &fcas_sha256_shani},
+    {"avx512_x16", &fcas_sha256_avx512_x16},
     {"shani_x2", &fcas_sha256_shani_x2},
 #else
+    {"avx2_x8", NULL},
     {"shani", NULL},
+    {"avx512_x16", NULL},
     {"shani_x2", NULL},
 #endif
 };
 
 enum { N_KERNELS = sizeof kernels / sizeof kernels[0] };
 
-static int cpu_can(const fcas_sha256_kernel *kernel)
+static int cpu_can(const fcas_sha256_kernel *kernel, uint32_t cpu)
 {
-    return (fcas_cpu_features() & kernel->cpu_needs) == kernel->cpu_needs;
+    return (cpu & kernel->cpu_needs) == kernel->cpu_needs;
 }
 
 fcas_status fcas_sha256_select(const char *name, const fcas_sha256_kernel **out)
@@ -34,12 +38,22 @@ fcas_status fcas_sha256_select(const char *name, const fcas_sha256_kernel **out)
             continue;
         if (kernels[i].kernel == NULL)
             return FCAS_KERNEL_NOT_BUILT;
-        if (!cpu_can(kernels[i].kernel))
+        if (!cpu_can(kernels[i].kernel, fcas_cpu_features()))
             return FCAS_KERNEL_NO_CPU;
         *out = kernels[i].kernel;
         return FCAS_OK;
     }
     return FCAS_KERNEL_UNKNOWN;
+}
+
+const fcas_sha256_kernel *fcas_sha256_default_for(uint32_t cpu)
+{
+    const fcas_sha256_kernel *best = &fcas_sha256_generic;
+
+    for (size_t i = 0; i < N_KERNELS; i++)
+        if (kernels[i].kernel != NULL && cpu_can(kernels[i].kernel, cpu))
+            best = kernels[i].kernel;
+    return best;
 }
 
 const fcas_sha256_kernel *fcas_sha256_default(void)
@@ -49,10 +63,7 @@ const fcas_sha256_kernel *fcas_sha256_default(void)
     const fcas_sha256_kernel *best = atomic_load_explicit(&chosen, memory_order_relaxed);
 
     if (best == NULL) {
-        best = &fcas_sha256_generic;
-        for (size_t i = 0; i < N_KERNELS; i++)
-            if (kernels[i].kernel != NULL && cpu_can(kernels[i].kernel))
-                best = kernels[i].kernel;
+        best = fcas_sha256_default_for(fcas_cpu_features());
         atomic_store_explicit(&chosen, best, memory_order_relaxed);
     }
     return best;

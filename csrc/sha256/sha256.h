@@ -17,15 +17,20 @@
 
 #define FCAS_SHA256_BLOCK  64u
 #define FCAS_SHA256_DIGEST 32u
+#define FCAS_SHA256_LANES_MAX 16u
 
 typedef struct {
-    const char *name;      /* what FASTCAS_SHA256_KERNEL accepts: "generic", "shani", "shani_x2" */
+    const char *name;      /* what FASTCAS_SHA256_KERNEL accepts: "generic", "shani_x2", ... */
     uint32_t    cpu_needs; /* FCAS_CPU_* bits (common/cpu.h), all required */
     /* state is advanced over nblocks * 64 bytes of any alignment; nblocks may be 0. */
     void (*compress)(uint32_t state[8], const uint8_t *blocks, size_t nblocks);
     /* Two independent streams of the same length; a == b (the same bytes under two states) is allowed.
      * Kernels without interleaving run one after the other. */
     void (*compress2)(uint32_t state_a[8], const uint8_t *a, uint32_t state_b[8], const uint8_t *b, size_t nblocks);
+    /* n_lanes independent streams of the same length, or NULL and 0; faster than compress2 in turn from
+     * n_lanes_min streams on. Streams may share bytes, states may not. */
+    size_t n_lanes, n_lanes_min; /* n_lanes <= FCAS_SHA256_LANES_MAX, n_lanes_min >= 1 */
+    void (*compress_lanes)(uint32_t (*const states[])[8], const uint8_t *const blocks[], size_t nblocks);
 } fcas_sha256_kernel;
 
 typedef struct {
@@ -40,6 +45,8 @@ typedef struct {
 fcas_status fcas_sha256_select(const char *name, const fcas_sha256_kernel **out);
 /* The fastest kernel that this CPU supports (csrc/README.md has the measurements). Never fails. */
 const fcas_sha256_kernel *fcas_sha256_default(void);
+/* The one that a CPU with just these FCAS_CPU_* bits gets. */
+const fcas_sha256_kernel *fcas_sha256_default_for(uint32_t cpu);
 /* Kernel number i of all that were built, whether or not the CPU supports them; NULL past the end. */
 const fcas_sha256_kernel *fcas_sha256_kernel_at(size_t i);
 
@@ -61,13 +68,14 @@ void fcas_sha256_final(fcas_sha256 *s, uint8_t out[32]);
  * they are fed one after the other. Results equal two calls of fcas_sha256_update. */
 void fcas_sha256_update2(fcas_sha256 *a, fcas_sha256 *b, const uint8_t *p, size_t n);
 
-/* digests[32*i] = SHA-256 of the lengths[i] bytes at messages[i], i in [0, n). Pairs of messages go through
- * compress2. No allocation. */
+/* digests[32*i] = SHA-256 of the lengths[i] bytes at messages[i], i in [0, n), taken up in this order. As many
+ * messages at a time as the kernel has lanes, else two; a lane whose message ends takes the next. When fewer
+ * are left than it pays for, the longest two go through compress2 by turns. No allocation. */
 void fcas_sha256_many(const fcas_sha256_kernel *kernel, const uint8_t *const *messages, const size_t *lengths,
                       size_t n, uint8_t *digests);
 
-/* FCAS_OK if the kernel gives the digests of FIPS 180-4's examples and of a 1,000-byte message, else
- * FCAS_E_CORRUPT. Under 1 ms. */
+/* FCAS_OK if the kernel gives the digests of FIPS 180-4's examples and of a 1,000-byte message, through each
+ * of its functions and in each of its lanes, else FCAS_E_CORRUPT. Under 1 ms. */
 fcas_status fcas_sha256_self_test(const fcas_sha256_kernel *kernel);
 
 #endif

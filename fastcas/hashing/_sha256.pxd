@@ -25,6 +25,7 @@ cdef extern from "sha256/sha256.h" nogil:
         uint32_t n_buffered
     fcas_status fcas_sha256_select(const char *name, const fcas_sha256_kernel **out)
     const fcas_sha256_kernel *fcas_sha256_default()
+    const fcas_sha256_kernel *fcas_sha256_default_for(uint32_t cpu)
     const fcas_sha256_kernel *fcas_sha256_kernel_at(size_t i)
     void fcas_sha256_init(fcas_sha256 *s, const fcas_sha256_kernel *kernel)
     fcas_status fcas_sha256_resume(fcas_sha256 *s, const fcas_sha256_kernel *kernel, const uint8_t *midstate,

@@ -16,7 +16,7 @@ def kernel_name() -> str:
     """
 
 def kernels() -> list[str]:
-    """Return the kernels that were built and that this CPU supports, from the slowest to the fastest."""
+    """Return the kernels that were built and that this CPU supports, the default last."""
 
 def _mask_cpu(allowed: int) -> None:
     """Pretend, for tests, that the CPU has at most these FCAS_CPU_* bits; 2**32 - 1 restores the truth.
@@ -24,8 +24,11 @@ def _mask_cpu(allowed: int) -> None:
     Kernels in use and the process's default stay as they are.
     """
 
+def _default_for(cpu: int) -> str:
+    """Return, for tests, the default kernel of a CPU with just these FCAS_CPU_* bits."""
+
 def self_test(kernel: str | None = None) -> None:
-    """Check a kernel against the digests of known messages.
+    """Check a kernel, each of its streams and lanes, against the digests of known messages.
 
     Raises:
         SelfTestFailed: A digest is wrong; nothing this kernel computes can be trusted.
@@ -39,7 +42,8 @@ def sha256(data: Buffer, *, kernel: str | None = None) -> bytes:
 def digest_many(buffers: Iterable[Buffer], *, kernel: str | None = None) -> list[bytes]:
     """Return the SHA-256 of each buffer, in order.
 
-    Two messages are hashed at a time where the kernel interleaves streams; lengths may differ.
+    As many messages are hashed at a time as the kernel has lanes or streams; lengths may differ. Where they differ
+    much, longer ones had better come first.
 
     Raises:
         KernelUnavailable: No such kernel here.

@@ -26,7 +26,7 @@ cdef const fcas_sha256_kernel *_find_kernel(str name, str asked_by) except NULL:
     if status == FCAS_OK:
         return kernel
     if status == FCAS_KERNEL_UNKNOWN:
-        reason = "unknown, expected one of generic, shani, shani_x2"
+        reason = "unknown, expected one of generic, avx2_x8, shani, avx512_x16, shani_x2"
     elif status == FCAS_KERNEL_NOT_BUILT:
         reason = "not built by this compiler"
     else:
@@ -56,6 +56,10 @@ def kernel_name():
 
 def _mask_cpu(allowed):
     fcas_cpu_mask(allowed)
+
+
+def _default_for(cpu):
+    return fcas_sha256_default_for(cpu).name.decode("ascii")
 
 
 def kernels():

@@ -15,7 +15,8 @@ from fastcas.parity import _gf256
 
 ROOT = Path(__file__).parents[2]
 ROOMS = {
-    "hashing": ("FASTCAS_SHA256_KERNEL", hashing, _sha256, "FCAS_NO_SHANI", ["generic", "shani", "shani_x2"]),
+    "hashing": ("FASTCAS_SHA256_KERNEL", hashing, _sha256, "FCAS_NO_SHA256_SIMD",
+                ["generic", "avx2_x8", "shani", "avx512_x16", "shani_x2"]),
     "parity": ("FASTCAS_GF256_KERNEL", parity, _gf256, "FCAS_NO_GF256_SIMD", ["generic", "ssse3", "avx2", "gfni"]),
 }
 
@@ -67,6 +68,41 @@ def test_demand_without_cpu_support_raises(room):
     finally:
         native._mask_cpu(2**32 - 1)
     assert module.kernels() == before
+
+
+SSSE3, SSE41, SHANI, AVX2, GFNI, AVX512 = (1 << bit for bit in range(6))  # csrc/common/cpu.h
+SHA256_NEEDS = {"avx2_x8": AVX2, "shani": SHANI | SSE41 | SSSE3, "avx512_x16": AVX512 | SHANI | SSE41 | SSSE3}
+
+
+def sha256_default(cpu: int) -> str:
+    """What the rule of csrc/README.md gives."""
+    if not SHA256_NEEDS["shani"] & ~cpu:
+        return "shani_x2"
+    return "avx2_x8" if cpu & AVX2 else "generic"
+
+
+def test_sha256_default_of_every_cpu_follows_the_rule():
+    for cpu in range(1 << 6):
+        assert _sha256._default_for(cpu) == sha256_default(cpu), f"features {cpu:#b}"
+
+
+def test_sha256_every_mask_leaves_the_kernels_that_need_no_more():
+    """On the best CPU each lesser one: what is offered, that it passes its self test, and what is refused."""
+    everything = hashing.kernels()
+    try:
+        for cpu in range(1 << 6):
+            _sha256._mask_cpu(cpu)
+            needs = {name: SHA256_NEEDS.get(name, SHA256_NEEDS["shani"]) for name in everything[1:]}
+            assert hashing.kernels() == ["generic", *(name for name in needs if not needs[name] & ~cpu)]
+            for name in hashing.kernels():
+                hashing.self_test(name)
+                assert hashing.digest_many([b"abc"] * 20, kernel=name) == [hashing.sha256(b"abc")] * 20
+            for name in set(everything) - set(hashing.kernels()):
+                with pytest.raises(KernelUnavailable, match=f"'{name}': no cpu support"):
+                    hashing.digest_many([b"abc"], kernel=name)
+    finally:
+        _sha256._mask_cpu(2**32 - 1)
+    assert hashing.kernels() == everything
 
 
 @pytest.mark.slow

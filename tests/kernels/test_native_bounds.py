@@ -32,5 +32,5 @@ def test_every_kernel_stays_within_its_buffers(flags, tmp_path):
 
 @pytest.mark.slow
 def test_without_instruction_sets_generic_alone_is_built(tmp_path):
-    flags = ["-O1", "-DFCAS_NO_SHANI", "-DFCAS_NO_GF256_SIMD"]
+    flags = ["-O1", "-DFCAS_NO_SHA256_SIMD", "-DFCAS_NO_GF256_SIMD"]
     assert build_and_run(flags, tmp_path / "guard") == ["ok", "generic", "generic"]

@@ -57,7 +57,7 @@ def test_sha256_published_vector_matches(kernel, message, digest):
 
 @pytest.mark.parametrize("size", INTERESTING_SIZES)
 def test_sha256_every_size_and_alignment_equals_hashlib(kernel, size):
-    for shift in range(17):
+    for shift in range(64):
         data = memoryview(DATA)[shift : shift + size]
         assert sha256(data, kernel=kernel) == expected(data), f"shift {shift}"
 
@@ -143,6 +143,31 @@ def test_digest_many_mixed_lengths_equal_hashlib(kernel):
     for count in (0, 1, 2, 3, 4, 9, 100):
         messages = [DATA[(at := rng.randrange(1000)) : at + rng.choice(INTERESTING_SIZES)] for _ in range(count)]
         assert digest_many(messages, kernel=kernel) == [expected(m) for m in messages]
+
+
+@pytest.mark.parametrize("size", INTERESTING_SIZES)
+def test_digest_many_every_alignment_equals_hashlib(kernel, size):
+    messages = [memoryview(DATA)[shift : shift + size] for shift in range(64)]
+    assert digest_many(messages, kernel=kernel) == [expected(m) for m in messages]
+
+
+@pytest.mark.parametrize("size", [0, 64, 300])
+def test_digest_many_every_count_fills_lanes_and_leaves_some_idle(kernel, size):
+    """Counts around 2, 8 and 16 lanes, with all messages ending at once."""
+    for count in range(50):
+        messages = [DATA[i : i + size] for i in range(count)]
+        assert digest_many(messages, kernel=kernel) == [expected(m) for m in messages], f"{count} messages"
+
+
+@pytest.mark.parametrize("n_long", [1, 2, 3, 7, 8, 9])
+def test_digest_many_long_messages_among_short_ones_equal_hashlib(kernel, n_long):
+    """Long ones outlast the rest: they end in twos and alone, wherever they stand in the list."""
+    rng = random.Random(n_long)
+    sizes = [rng.randrange(20_000, 60_000) for _ in range(n_long)] + [rng.randrange(200) for _ in range(40)]
+    for _ in range(3):
+        messages = [DATA[:size] for size in sizes]
+        assert digest_many(messages, kernel=kernel) == [expected(m) for m in messages], sizes
+        rng.shuffle(sizes)
 
 
 def test_digest_many_every_pair_of_sizes_equals_hashlib(kernel):

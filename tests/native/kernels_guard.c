@@ -19,7 +19,7 @@
         }                                                                    \
     } while (0)
 
-enum { ROOM = 4096, N_IN = 5, N_OUT = 9 };
+enum { ROOM = 4096, N_MESSAGES = 43, N_IN = 5, N_OUT = 9 };
 
 /* ROOM usable bytes between two unreadable pages. */
 static uint8_t *guarded(void)
@@ -55,10 +55,10 @@ static void sha256_within_bounds(const fcas_sha256_kernel *k, const fcas_sha256_
     for (size_t n = 0; n <= 400; n++) {
         for (int at_end = 0; at_end < 2; at_end++) {
             uint8_t *pa = at_end ? a + ROOM - n : a, *pb = at_end ? b + ROOM - n : b;
-            uint8_t *out = at_end ? result + ROOM - 96 : result;
+            uint8_t *out = at_end ? result + ROOM - 32 * N_MESSAGES : result;
             uint8_t want_a[32], want_b[32];
-            const uint8_t *messages[3] = {pa, pb, pa};
-            const size_t lengths[3] = {n, n / 2, n};
+            const uint8_t *messages[N_MESSAGES];
+            size_t lengths[N_MESSAGES];
             fcas_sha256 s, t;
 
             memcpy(pa, copy, n);
@@ -68,9 +68,15 @@ static void sha256_within_bounds(const fcas_sha256_kernel *k, const fcas_sha256_
 
             digest(k, pa, n, out);
             CHECK(memcmp(out, want_a, 32) == 0);
-            fcas_sha256_many(k, messages, lengths, 3, out);
-            CHECK(memcmp(out, want_a, 32) == 0 && memcmp(out + 32, want_b, 32) == 0);
-            CHECK(memcmp(out + 64, want_a, 32) == 0);
+            /* Each count up to more than any kernel has lanes, and many more. */
+            for (size_t i = 0; i < N_MESSAGES; i++) {
+                messages[i] = i % 3 == 1 ? pb : pa;
+                lengths[i] = i % 3 == 1 ? n / 2 : n;
+            }
+            size_t count = n % 29 == 0 ? N_MESSAGES : n % 29;
+            fcas_sha256_many(k, messages, lengths, count, out);
+            for (size_t i = 0; i < count; i++)
+                CHECK(memcmp(out + 32 * i, i % 3 == 1 ? want_b : want_a, 32) == 0);
 
             /* Two hashes in step, and two that are not: b has a byte more waiting. */
             fcas_sha256_init(&s, k);
@@ -132,6 +138,59 @@ static void chunks_within_bounds(const fcas_sha256_kernel *k)
     CHECK(fcas_chunks_completed_by(&c, SIZE_MAX) == SIZE_MAX / 64);
 }
 
+/* How many blocks went through each function of a kernel with four lanes that pay only when all are busy. */
+static size_t n_alone, n_paired, n_wide;
+
+static void count_one(uint32_t state[8], const uint8_t *blocks, size_t nblocks)
+{
+    n_alone += nblocks;
+    fcas_sha256_kernel_at(0)->compress(state, blocks, nblocks);
+}
+
+static void count_two(uint32_t state_a[8], const uint8_t *a, uint32_t state_b[8], const uint8_t *b, size_t nblocks)
+{
+    n_paired += 2 * nblocks;
+    fcas_sha256_kernel_at(0)->compress2(state_a, a, state_b, b, nblocks);
+}
+
+static void count_four(uint32_t (*const states[])[8], const uint8_t *const blocks[], size_t nblocks)
+{
+    n_wide += 4 * nblocks;
+    for (size_t i = 0; i < 4; i++)
+        fcas_sha256_kernel_at(0)->compress(*states[i], blocks[i], nblocks);
+}
+
+/* n messages of which number i has (i * step) % 1000 blocks fewer than 2000; each ends in one block more. */
+static size_t hash_counted(size_t n, size_t step)
+{
+    static const fcas_sha256_kernel counting = {"counting", 0, count_one, count_two, 4, 4, count_four};
+    static uint8_t data[2000 * 64], digests[64 * 32];
+    const uint8_t *messages[64];
+    size_t lengths[64], n_blocks = 0;
+
+    for (size_t i = 0; i < n; i++) {
+        messages[i] = data;
+        lengths[i] = 64 * (2000 - i * step % 1000);
+        n_blocks += lengths[i] / 64 + 1;
+    }
+    n_alone = n_paired = n_wide = 0;
+    fcas_sha256_many(&counting, messages, lengths, n, digests);
+    CHECK(n_alone + n_paired + n_wide == n_blocks); /* no idle lane where all are needed to pay */
+    return n_blocks;
+}
+
+static void lanes_are_kept_busy(void)
+{
+    size_t n_blocks = hash_counted(64, 337);
+    CHECK(n_wide > n_blocks * 9 / 10);
+    CHECK(hash_counted(4, 0) == n_wide);
+    /* Three equal ones take turns in two streams: the last of them is not hashed alone from its start. */
+    (void)hash_counted(3, 0);
+    CHECK(n_wide == 0 && n_alone <= 65);
+    (void)hash_counted(1, 0);
+    CHECK(n_alone == 2001);
+}
+
 static void gf256_within_bounds(const fcas_gf256_kernel *k)
 {
     static uint8_t *in[N_IN], *out[N_OUT];
@@ -188,6 +247,7 @@ static void selection_has_three_reasons(void)
     CHECK(without == FCAS_KERNEL_NO_CPU || without == FCAS_KERNEL_NOT_BUILT);
     CHECK(fcas_sha256_select("generic", &sha) == FCAS_OK && fcas_gf256_select("generic", &gf) == FCAS_OK);
     /* The first choice of this process, made under the mask: it needs nothing. */
+    CHECK(fcas_sha256_default_for(0) == sha);
     CHECK(fcas_sha256_default()->cpu_needs == 0 && fcas_gf256_default()->cpu_needs == 0);
     fcas_cpu_mask(UINT32_MAX);
 }
@@ -202,6 +262,7 @@ int main(void)
     CHECK(fcas_gf256_plan_new(&plan, NULL, &one, 0, 1) == FCAS_E_ARG && plan == NULL);
     CHECK(fcas_gf256_plan_new(&plan, NULL, &one, 1, 256) == FCAS_E_ARG && plan == NULL);
     printf("ok");
+    lanes_are_kept_busy();
     for (size_t i = 0; fcas_sha256_kernel_at(i) != NULL; i++) {
         const fcas_sha256_kernel *k = fcas_sha256_kernel_at(i);
         const fcas_sha256_kernel *found;
