@@ -35,8 +35,9 @@ struct fcas_gf256_plan {
     size_t n_out;          /* rows, 1..255 */
     size_t n_in;           /* columns, 1..255 */
     const uint8_t *nibbles; /* uint8[n_out][n_in][32]: c * 0..15, then c * 16 * 0..15; 64-byte aligned */
-    const uint64_t *affine; /* uint64[n_out][n_in]: multiplication by c as an 8x8 bit matrix, GF2P8AFFINEQB's
-                             * layout: byte 7 - i selects the bits of the input that add up to bit i */
+    const uint64_t *affine; /* uint64[(n_in + 1) / 2][n_out][2], pairs of columns: multiplication by c as an 8x8
+                             * bit matrix, GF2P8AFFINEQB's layout: byte 7 - i selects the bits of the input that
+                             * add up to bit i; 0 in the second half of an odd last pair */
 };
 
 /* Look a kernel up by name. FCAS_OK and *out, or one of the three FCAS_KERNEL_* reasons. */

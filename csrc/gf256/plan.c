@@ -31,7 +31,8 @@ fcas_status fcas_gf256_plan_new(fcas_gf256_plan **out, const fcas_gf256_kernel *
     /* No overflow: at most 255 * 255 coefficients. Header first, then both tables, one block. */
     size_t n = n_out * n_in;
     size_t header = (sizeof(fcas_gf256_plan) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    size_t size = header + n * (FCAS_GF256_NIBBLES + sizeof(uint64_t));
+    size_t n_affine = (n_in + n_in % 2) * n_out;
+    size_t size = header + n * FCAS_GF256_NIBBLES + n_affine * sizeof(uint64_t);
     uint8_t *memory = aligned_alloc(ALIGNMENT, (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     if (memory == NULL)
         return FCAS_E_NOMEM;
@@ -43,8 +44,10 @@ fcas_status fcas_gf256_plan_new(fcas_gf256_plan **out, const fcas_gf256_kernel *
             nibbles[FCAS_GF256_NIBBLES * k + x] = fcas_gf256_mul(matrix[k], (uint8_t)x);
             nibbles[FCAS_GF256_NIBBLES * k + 16 + x] = fcas_gf256_mul(matrix[k], (uint8_t)(x << 4));
         }
-        affine[k] = affine_of(matrix[k]);
     }
+    for (size_t c = 0; c < n_in + n_in % 2; c++)
+        for (size_t r = 0; r < n_out; r++)
+            affine[2 * (c / 2 * n_out + r) + c % 2] = c < n_in ? affine_of(matrix[n_in * r + c]) : 0;
     fcas_gf256_plan *plan = (fcas_gf256_plan *)(void *)memory;
     plan->kernel = kernel != NULL ? kernel : fcas_gf256_default();
     plan->n_out = n_out;
