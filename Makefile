@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc fastcas -name '*.c' -o -name '*.h' -o -name '*.pyx'
 C_FILES := $(shell find csrc -name '*.c')
 C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
-.PHONY: demo test fuzz kill-workers bench bench-kernels lint build tools bench-tools clean
+.PHONY: demo test fuzz kill-workers parity-patterns bench bench-kernels lint build tools bench-tools clean
 
 build: $(STAMP)
 
@@ -43,6 +43,11 @@ fuzz: build
 kill-workers: build
 	FASTCAS_WORKER_KILLS=500 FASTCAS_KILL_CLIENTS=200 $(PY) -m pytest -q -s --timeout 1800 \
 	    tests/faults/test_serve_kills.py -k "worker_kills or hup"
+
+# Every pattern of losses of the codes in the test, on bytes; 100,000 of 32+8; and galois as a further oracle.
+parity-patterns: build
+	$(PY) -m pip install --quiet --disable-pip-version-check galois==0.4.11
+	FASTCAS_PARITY_PATTERNS=all $(PY) -m pytest -q tests/kernels/test_parity_patterns.py
 
 bench: bench-tools
 	$(PY) -m bench.fetch
