@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc fastcas -name '*.c' -o -name '*.h' -o -name '*.pyx'
 C_FILES := $(shell find csrc -name '*.c')
 C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
-.PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean
+.PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean parity-patterns
 
 build: $(STAMP)
 
@@ -47,6 +47,11 @@ kill-workers: build
 # Files that heal, end to end, with a 256 MiB file: offline and across three nodes
 heal: build
 	FASTCAS_HEAL_MIB=256 $(PY) -m pytest -q --timeout 900 tests/process/test_healing.py
+
+# Every pattern of losses of the codes in the test, on bytes; 100,000 of 32+8; and galois as a further oracle.
+parity-patterns: build
+	$(PY) -m pip install --quiet --disable-pip-version-check galois==0.4.11
+	FASTCAS_PARITY_PATTERNS=all $(PY) -m pytest -q tests/kernels/test_parity_patterns.py
 
 bench: bench-tools
 	$(PY) -m bench.fetch

@@ -35,8 +35,9 @@ struct fcas_gf256_plan {
     size_t n_out;          /* rows, 1..255 */
     size_t n_in;           /* columns, 1..255 */
     const uint8_t *nibbles; /* uint8[n_out][n_in][32]: c * 0..15, then c * 16 * 0..15; 64-byte aligned */
-    const uint64_t *affine; /* uint64[n_out][n_in]: multiplication by c as an 8x8 bit matrix, GF2P8AFFINEQB's
-                             * layout: byte 7 - i selects the bits of the input that add up to bit i */
+    const uint64_t *affine; /* uint64[(n_in + 1) / 2][n_out][2], pairs of columns (the last may lack its second):
+                             * multiplication by c as an 8x8 bit matrix, GF2P8AFFINEQB's layout: byte 7 - i
+                             * selects the bits of the input that add up to bit i */
 };
 
 /* Look a kernel up by name. FCAS_OK and *out, or one of the three FCAS_KERNEL_* reasons. */
@@ -72,7 +73,8 @@ void fcas_gf256_plan_apply(const fcas_gf256_plan *plan, const uint8_t *const *in
                            size_t n);
 
 /* FCAS_OK if the kernel agrees with fcas_gf256_mul() on all 65,536 products and on every length up to
- * 300 bytes, else FCAS_E_CORRUPT (or FCAS_E_NOMEM). A few milliseconds. */
+ * 300 bytes, and gives the known parity of fixed shards for every code with k + m < 16; else FCAS_E_CORRUPT
+ * (or FCAS_E_NOMEM). A few milliseconds. */
 fcas_status fcas_gf256_self_test(const fcas_gf256_kernel *kernel);
 
 #endif

@@ -18,51 +18,85 @@ enum {
     AHEAD = 768
 };
 
-/* A hint that cannot fault, by number and not by pointer because p + i may not be within the buffer. */
-GFNI INLINE void prefetch(const uint8_t *p, size_t i)
+/* A hint that cannot fault, by number and not by pointer because p + AHEAD may not be within the buffer. */
+GFNI INLINE void prefetch(const uint8_t *p)
 {
-    _mm_prefetch((const char *)((uintptr_t)p + i), _MM_HINT_T0);
+    _mm_prefetch((const char *)((uintptr_t)p + AHEAD), _MM_HINT_T0);
+    _mm_prefetch((const char *)((uintptr_t)p + AHEAD + WIDTH), _MM_HINT_T0);
 }
 
-/* Up to two vectors at position i of n_rows outputs, the only one under mask m; n_vectors and n_rows are
- * constants at each call. A masked-out byte is neither read nor written. */
-GFNI INLINE void step(const fcas_gf256_plan *plan, size_t first, const uint8_t *const *in,
-                      uint8_t *const *out, size_t i, __mmask64 m, const unsigned n_vectors,
-                      const unsigned n_rows)
+/* The product of one vector and one coefficient. */
+GFNI INLINE __m512i product(__m512i x, const uint64_t *affine)
 {
+    return _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64((long long)*affine), 0);
+}
+
+/* Two vectors at position i of n_rows outputs; n_rows is a constant at each call. Columns go in pairs: one
+ * VPTERNLOGQ adds two products to a sum, which saves a quarter of the vector operations (8 to 14 % of the
+ * time in the second-level cache). */
+GFNI INLINE void step(const fcas_gf256_plan *plan, size_t first, const uint8_t *const *in,
+                      uint8_t *const *out, size_t i, const unsigned n_rows)
+{
+    enum { XOR3 = 0x96 };
+    const size_t n_in = plan->n_in;
+    const uint64_t *pair = plan->affine + 2 * first; /* coefficients of columns c and c + 1, row by row */
     __m512i sum[MAX_ROWS][2];
+    size_t c = 0;
 
 #pragma GCC unroll 8
     for (unsigned r = 0; r < n_rows; r++)
         sum[r][0] = sum[r][1] = _mm512_setzero_si512();
-    for (size_t c = 0; c < plan->n_in; c++) {
-        __m512i x0, x1;
-        if (n_vectors == 2) {
-            x0 = _mm512_loadu_si512(in[c] + i);
-            x1 = _mm512_loadu_si512(in[c] + i + WIDTH);
-            prefetch(in[c], i + AHEAD);
-            prefetch(in[c], i + AHEAD + WIDTH);
-        } else {
-            x0 = _mm512_maskz_loadu_epi8(m, in[c] + i);
-        }
+    for (; c + 2 <= n_in; c += 2, pair += 2 * plan->n_out) {
+        const uint8_t *x = in[c] + i, *y = in[c + 1] + i;
+        __m512i x0 = _mm512_loadu_si512(x), x1 = _mm512_loadu_si512(x + WIDTH);
+        __m512i y0 = _mm512_loadu_si512(y), y1 = _mm512_loadu_si512(y + WIDTH);
+        prefetch(x);
+        prefetch(y);
 #pragma GCC unroll 8
         for (unsigned r = 0; r < n_rows; r++) {
-            __m512i a = _mm512_set1_epi64((long long)plan->affine[(first + r) * plan->n_in + c]);
-            sum[r][0] = _mm512_xor_si512(sum[r][0], _mm512_gf2p8affine_epi64_epi8(x0, a, 0));
-            if (n_vectors == 2)
-                sum[r][1] = _mm512_xor_si512(sum[r][1], _mm512_gf2p8affine_epi64_epi8(x1, a, 0));
+            sum[r][0] = _mm512_ternarylogic_epi64(sum[r][0], product(x0, pair + 2 * r),
+                                                  product(y0, pair + 2 * r + 1), XOR3);
+            sum[r][1] = _mm512_ternarylogic_epi64(sum[r][1], product(x1, pair + 2 * r),
+                                                  product(y1, pair + 2 * r + 1), XOR3);
+        }
+    }
+    if (c < n_in) {
+        const uint8_t *x = in[c] + i;
+        __m512i x0 = _mm512_loadu_si512(x), x1 = _mm512_loadu_si512(x + WIDTH);
+        prefetch(x);
+#pragma GCC unroll 8
+        for (unsigned r = 0; r < n_rows; r++) {
+            sum[r][0] = _mm512_xor_si512(sum[r][0], product(x0, pair + 2 * r));
+            sum[r][1] = _mm512_xor_si512(sum[r][1], product(x1, pair + 2 * r));
         }
     }
 #pragma GCC unroll 8
     for (unsigned r = 0; r < n_rows; r++) {
-        uint8_t *p = out[first + r] + i;
-        if (n_vectors == 2) {
-            _mm512_storeu_si512(p, sum[r][0]);
-            _mm512_storeu_si512(p + WIDTH, sum[r][1]);
-        } else {
-            _mm512_mask_storeu_epi8(p, m, sum[r][0]);
-        }
+        _mm512_storeu_si512(out[first + r] + i, sum[r][0]);
+        _mm512_storeu_si512(out[first + r] + i + WIDTH, sum[r][1]);
     }
+}
+
+/* One vector under a mask: a masked-out byte is neither read nor written. */
+GFNI INLINE void tail(const fcas_gf256_plan *plan, size_t first, const uint8_t *const *in,
+                      uint8_t *const *out, size_t i, __mmask64 m, const unsigned n_rows)
+{
+    const uint64_t *affine = plan->affine + 2 * first;
+    __m512i sum[MAX_ROWS];
+
+#pragma GCC unroll 8
+    for (unsigned r = 0; r < n_rows; r++)
+        sum[r] = _mm512_setzero_si512();
+    for (size_t c = 0; c < plan->n_in; c++) {
+        __m512i x = _mm512_maskz_loadu_epi8(m, in[c] + i);
+#pragma GCC unroll 8
+        for (unsigned r = 0; r < n_rows; r++)
+            sum[r] = _mm512_xor_si512(sum[r], product(x, affine + 2 * r));
+        affine += c % 2 ? 2 * plan->n_out - 1 : 1;
+    }
+#pragma GCC unroll 8
+    for (unsigned r = 0; r < n_rows; r++)
+        _mm512_mask_storeu_epi8(out[first + r] + i, m, sum[r]);
 }
 
 GFNI INLINE void span(const fcas_gf256_plan *plan, size_t first, const uint8_t *const *in,
@@ -71,11 +105,11 @@ GFNI INLINE void span(const fcas_gf256_plan *plan, size_t first, const uint8_t *
     size_t i = begin;
 
     for (; end - i >= 2 * WIDTH; i += 2 * WIDTH)
-        step(plan, first, in, out, i, 0, 2, n_rows);
+        step(plan, first, in, out, i, n_rows);
     for (; i < end; i += WIDTH) {
         size_t left = end - i;
         __mmask64 m = left >= WIDTH ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
-        step(plan, first, in, out, i, m, 1, n_rows);
+        tail(plan, first, in, out, i, m, n_rows);
         if (left <= WIDTH)
             break;
     }

@@ -24,12 +24,20 @@ def _mask_cpu(allowed: int) -> None:
     """
 
 def self_test(kernel: str | None = None) -> None:
-    """Check a kernel against the bit-by-bit definition of the field: all products, all tails.
+    """Check a kernel: all products, all tails, and known parity of every code with k + m < 16.
 
     Raises:
         SelfTestFailed: A byte is wrong; nothing this kernel computes can be trusted.
         KernelUnavailable: No such kernel here.
-    Cost: a few milliseconds.
+    Cost: 1 to 3 ms.
+    """
+
+def survivors(shards: list[Buffer | None]) -> tuple[int, ...]:
+    """Return the slots that are not None, in ascending order.
+
+    Raises:
+        UsageError: One of them is no buffer, or is not as long as the first.
+    Cost: about 20 ns a shard.
     """
 
 class Plan:

@@ -2,7 +2,7 @@
 
 import os
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_FULL_RO, PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 
 from fastcas.errors import KernelUnavailable, SelfTestFailed, UsageError
@@ -87,6 +87,31 @@ cdef bint _overlap(const Py_buffer *a, const Py_buffer *b) noexcept nogil:
 cdef str _slot(size_t i, size_t n_in):
     """What buffer i is called in a message."""
     return f"input {i}" if i < n_in else f"output {i - n_in}"
+
+
+def survivors(list shards not None):
+    cdef Py_buffer view
+    cdef Py_ssize_t first = -1, length = 0, i
+    cdef list slots = []
+    for i in range(len(shards)):
+        item = shards[i]
+        if item is None:
+            continue
+        try:
+            PyObject_GetBuffer(item, &view, PyBUF_FULL_RO)  # strides do not matter to a length
+        except (BufferError, TypeError) as exc:
+            raise UsageError(
+                f"shards[{i}]: expected a buffer or None, got {type(item).__name__}; nothing was rebuilt"
+            ) from exc
+        if first < 0:
+            first, length = i, view.len
+        PyBuffer_Release(&view)
+        if view.len != length:
+            raise UsageError(
+                f"shards[{i}]: expected {length} B as shard {first}, got {view.len} B; nothing was rebuilt"
+            )
+        slots.append(i)
+    return tuple(slots)
 
 
 cdef class Plan:

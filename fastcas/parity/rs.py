@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar, overload
 
 from fastcas.errors import TooFewShards, UsageError
 from fastcas.limits import PARITY_TOTAL_MAX
-from fastcas.parity._gf256 import Plan
+from fastcas.parity._gf256 import Plan, survivors
 from fastcas.parity.matrix import cauchy, decode_rows
 
 if TYPE_CHECKING:
@@ -122,34 +122,20 @@ class ReedSolomon:
         for name, n_slots in (("shards", len(shards)), ("out", total if out is None else len(out))):
             if n_slots != total:
                 raise UsageError(f"{name}: expected {total} slots, got {n_slots}; nothing was rebuilt")
-        survivors = [i for i, shard in enumerate(shards) if shard is not None]
-        lost = [i for i, shard in enumerate(shards) if shard is None]
-        if len(survivors) < self._k:
-            raise TooFewShards(
-                f"stripe {self._k}+{self._m}: expected at least {self._k} shards, got {len(survivors)}; "
-                "nothing was rebuilt"
-            )
-        given = [shard for shard in shards if shard is not None]
-        _check_equal_lengths(given, survivors)
         result: list[S | T | bytes | None] = list(shards)
+        here = survivors(list(shards))
+        if len(here) < self._k:
+            raise TooFewShards(
+                f"stripe {self._k}+{self._m}: expected at least {self._k} shards, got {len(here)} "
+                f"({total - len(here)} lost, {self._m} can be); nothing was rebuilt"
+            )
+        lost = [i for i, shard in enumerate(shards) if shard is None]
         if lost:
-            plan = _decode_plan(self._k, self._m, tuple(survivors[: self._k]), tuple(lost), self._kernel)
+            used = here[: self._k]
+            plan = _decode_plan(self._k, self._m, used, tuple(lost), self._kernel)
             wanted: list[T | None] = [None] * len(lost) if out is None else [out[i] for i in lost]
-            rebuilt = plan.apply([*given[: self._k]], wanted)
+            given: list[Buffer] = [shard for shard in shards if shard is not None]
+            rebuilt = plan.apply(given[: self._k], wanted)
             for i, shard in zip(lost, rebuilt, strict=True):
                 result[i] = shard
         return [shard for shard in result if shard is not None]
-
-
-def _check_equal_lengths(buffers: Sequence[Buffer], slots: list[int]) -> None:
-    """Raise UsageError unless all buffers (of the slots named) have the same number of bytes."""
-    lengths = []
-    for slot, buffer in zip(slots, buffers, strict=True):
-        try:
-            with memoryview(buffer) as view:
-                lengths.append(view.nbytes)
-        except TypeError as exc:
-            raise UsageError(f"shards[{slot}]: expected a buffer or None, got {type(buffer).__name__}") from exc
-    for slot, length in zip(slots, lengths, strict=True):
-        if length != lengths[0]:
-            raise UsageError(f"shards[{slot}]: expected {lengths[0]} B as shard {slots[0]}, got {length} B")

@@ -1,6 +1,8 @@
 """The field and every GF(2^8) kernel, against tables that the test makes from the polynomial alone."""
 
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from fastcas.parity.matrix import invert, multiply
 INTERESTING_SIZES = [
     0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 192, 200, 255, 256, 257, 1000, 4096, 10_007,
 ]  # fmt: skip
+ROOT = Path(__file__).parents[2]
+SEED = int(os.environ.get("FASTCAS_TEST_SEED", "1"))
 POOL = np.frombuffer(random.Random(5).randbytes(300_000), dtype=np.uint8)
 
 
@@ -124,6 +128,35 @@ def test_apply_more_outputs_than_fit_registers_over_several_blocks_equals_the_or
     matrix = np.frombuffer(rng.randbytes(19 * 30), dtype=np.uint8).reshape(19, 30)
     inputs = [POOL[at : at + 50_001] for at in range(0, 30 * 8000, 8000)]
     assert Plan(matrix.tobytes(), 19, 30, kernel=kernel).apply(inputs, [None] * 19) == oracle(matrix, inputs)
+
+
+@pytest.mark.slow
+def test_apply_random_shapes_equal_generic(kernel):
+    rng = random.Random(SEED)
+    for _ in range(150):
+        n_out, n_in = rng.randint(1, rng.choice([4, 9, 40])), rng.randint(1, rng.choice([5, 40]))
+        size = rng.choice([rng.randrange(0, 300), rng.randrange(0, 3000)])
+        matrix, lead = rng.randbytes(n_out * n_in), rng.randrange(64)
+        inputs = [POOL[at : at + size] for at in (rng.randrange(250_000) for _ in range(n_in))]
+        memory = bytearray(lead + n_out * (size + 7))
+        outputs = [memoryview(memory)[lead + r * (size + 7) :][:size] for r in range(n_out)]
+        Plan(matrix, n_out, n_in, kernel=kernel).apply(inputs, outputs)
+        expected = Plan(matrix, n_out, n_in, kernel="generic").apply(inputs, [None] * n_out)
+        assert [bytes(view) for view in outputs] == expected, f"seed {SEED}: {n_out}x{n_in}, {size} B"
+        assert sum(memory) == sum(map(sum, expected)), "a byte outside the outputs was written"
+
+
+def test_self_test_knows_the_parity_that_the_definition_gives():
+    """The constant in csrc/gf256/selftest.c, worked out from TABLE: FNV-1a of all parity for k + m < 16."""
+    inverse = [0, *(int(np.flatnonzero(TABLE[a] == 1)[0]) for a in range(1, 16))]
+    shards = [np.array([(41 * i + 97 * s + (i >> 3)) & 255 for i in range(150)], dtype=np.uint8) for s in range(15)]
+    value = 0xCBF29CE484222325
+    for k in range(1, 15):
+        for m in range(1, 16 - k):
+            matrix = np.array([[inverse[(k + r) ^ c] for c in range(k)] for r in range(m)], dtype=np.uint8)
+            for byte in b"".join(oracle(matrix, shards[:k])):
+                value = (value ^ byte) * 0x100000001B3 & (1 << 64) - 1
+    assert f"UINT64_C(0x{value:016x})" in (ROOT / "csrc/gf256/selftest.c").read_text()
 
 
 def test_apply_one_buffer_as_two_inputs_is_allowed(kernel):
