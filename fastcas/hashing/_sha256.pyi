@@ -11,7 +11,7 @@ from typing_extensions import Buffer
 def kernel_name() -> str:
     """Return the name of the kernel that this process uses by default.
 
-    It is FASTCAS_SHA256_KERNEL's where that was set when the module was imported, else the fastest that this CPU
+    It is FASTCAS_SHA256_KERNEL's where that was set when the module was imported, else the preferred one that this CPU
     supports.
     """
 
