@@ -81,4 +81,5 @@ def test_small_message(kernel: str, size: int, benchmark: Any, capsys: pytest.Ca
 
 def test_self_test(kernel: str, benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.pedantic(hashing.self_test, (kernel,), rounds=15, warmup_rounds=3)
-    report(capsys, benchmark, f"{kernel}: self_test", 0)
+    with capsys.disabled():
+        print(f"\n{kernel}: self_test {benchmark.stats.stats.median * 1e6:.1f} µs")

@@ -1,11 +1,13 @@
-/* Which kernel: by name, or the fastest that this CPU supports. */
+/* Which kernel: by name, or the preferred one that this CPU supports. */
 #include <stdatomic.h>
 #include <string.h>
 
 #include "common/cpu.h"
 #include "sha256/kernels.h"
 
-/* Every name that FASTCAS_SHA256_KERNEL accepts, built or not; from the slowest to the fastest. */
+/* Every name that FASTCAS_SHA256_KERNEL accepts, built or not; the last that a CPU supports is its default.
+ * avx512_x16 is faster than shani_x2 over many messages, but slows what its core does next (csrc/README.md):
+ * it is used where it is asked for. */
 static const struct {
     const char *name;
     const fcas_sha256_kernel *kernel; /* NULL: not built */

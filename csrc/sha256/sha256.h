@@ -4,7 +4,7 @@
  * The chaining value ("midstate") is the eight 32-bit words H0..H7, serialised big-endian in 32 bytes:
  * the midstate after the last block of a padded message is its digest.
  *
- * Kernel choice: fcas_sha256_default() picks the fastest that this CPU supports, once per process;
+ * Kernel choice: fcas_sha256_default() picks the preferred one that this CPU supports, once per process;
  * FASTCAS_SHA256_KERNEL in the environment is read by the binding and is a demand: it works or fails
  * with FCAS_KERNEL_UNKNOWN, FCAS_KERNEL_NOT_BUILT or FCAS_KERNEL_NO_CPU. `generic` is the truth. */
 #ifndef FCAS_SHA256_H
@@ -43,7 +43,7 @@ typedef struct {
 
 /* Look a kernel up by name. FCAS_OK and *out, or one of the three FCAS_KERNEL_* reasons. */
 fcas_status fcas_sha256_select(const char *name, const fcas_sha256_kernel **out);
-/* The fastest kernel that this CPU supports (csrc/README.md has the measurements). Never fails. */
+/* The preferred kernel that this CPU supports (csrc/README.md has the measurements). Never fails. */
 const fcas_sha256_kernel *fcas_sha256_default(void);
 /* The one that a CPU with just these FCAS_CPU_* bits gets. */
 const fcas_sha256_kernel *fcas_sha256_default_for(uint32_t cpu);

@@ -11,7 +11,7 @@ from typing_extensions import Buffer
 def kernel_name() -> str:
     """Return the name of the kernel that this process uses by default.
 
-    It is FASTCAS_SHA256_KERNEL's where that was set when the module was imported, else the fastest that this CPU
+    It is FASTCAS_SHA256_KERNEL's where that was set when the module was imported, else the preferred one that this CPU
     supports.
     """
 
@@ -42,8 +42,8 @@ def sha256(data: Buffer, *, kernel: str | None = None) -> bytes:
 def digest_many(buffers: Iterable[Buffer], *, kernel: str | None = None) -> list[bytes]:
     """Return the SHA-256 of each buffer, in order.
 
-    As many messages are hashed at a time as the kernel has lanes or streams; lengths may differ. Where they differ
-    much, longer ones had better come first.
+    As many messages are hashed at a time as the kernel has lanes or streams; lengths may differ: the longest
+    are taken up first.
 
     Raises:
         KernelUnavailable: No such kernel here.

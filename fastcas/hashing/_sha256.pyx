@@ -104,15 +104,24 @@ def sha256(data, *, kernel=None):
 cdef list _digests(list items, Py_buffer *views, const uint8_t **messages, size_t *lengths, uint8_t *digests,
                    const fcas_sha256_kernel *kernel):
     cdef size_t n = <size_t>len(items)
-    cdef size_t n_held = 0, i
+    cdef size_t n_held = 0, i, place
     cdef size_t total = 0
+    cdef bint differ = False
+    cdef list order = list(range(n)), result
     try:
         for i in range(n):
             PyObject_GetBuffer(items[i], &views[i], PyBUF_SIMPLE)
             n_held += 1
-            messages[i] = <const uint8_t *>views[i].buf
-            lengths[i] = <size_t>views[i].len
-            total += lengths[i]
+            differ |= views[i].len != views[0].len
+            total += <size_t>views[i].len
+        # Longest first: one that is taken up last would run on with the other lanes idle (48 buffers from 512 B to
+        # 1 MiB, avx2_x8: 1.73 instead of 0.57 GB/s; bench/micro_sha256.py).
+        if differ:
+            order.sort(key=[views[i].len for i in range(n)].__getitem__, reverse=True)
+        for place in range(n):
+            i = order[place]
+            messages[place] = <const uint8_t *>views[i].buf
+            lengths[place] = <size_t>views[i].len
         if total < GIL_MIN_BYTES:
             fcas_sha256_many(kernel, messages, lengths, n, digests)
         else:
@@ -121,7 +130,10 @@ cdef list _digests(list items, Py_buffer *views, const uint8_t **messages, size_
     finally:
         for i in range(n_held):
             PyBuffer_Release(&views[i])
-    return [digests[DIGEST * i:DIGEST * i + DIGEST] for i in range(n)]
+    result = [None] * n
+    for place in range(n):
+        result[order[place]] = digests[DIGEST * place:DIGEST * place + DIGEST]
+    return result
 
 
 def digest_many(buffers, *, kernel=None):
