@@ -1,4 +1,4 @@
-"""SHA-256 against hashlib (OpenSSL) and Reed-Solomon kernels against each other, on this machine.
+"""SHA-256 against hashlib (OpenSSL) and Reed-Solomon against ISA-L, zfec and pyeclib, on this machine.
 
     python -m bench.kernels [--rounds N]
 
@@ -11,52 +11,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import platform
 import ssl
-import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 
+from bench.interleaved import Runs, cpu_name, measure, table
+from bench.kernels_gf256 import bench_reed_solomon
 from fastcas import hashing
-from fastcas.parity import ReedSolomon
 from fastcas.parity import kernel_name as gf256_kernel_name
-from fastcas.parity import kernels as gf256_kernels
-
-Runs = dict[str, Callable[[], object]]
 
 CHUNK = 256 << 10
 N_CHUNKS = 32
-CODES = [(4, 2), (10, 4), (16, 4), (20, 10)]
-SHARD_SIZES = [64 << 10, 1 << 20]
-
-
-def cpu_name() -> str:
-    """Return what /proc/cpuinfo calls the CPU."""
-    with open("/proc/cpuinfo", encoding="utf-8") as info:
-        for line in info:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def measure(contenders: Runs, rounds: int) -> dict[str, float]:
-    """Return each contender's median CPU seconds; one round more is run first and not counted."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for counted in range(-1, rounds):
-        for name, run in contenders.items():
-            start = time.thread_time()
-            run()
-            if counted >= 0:
-                times[name].append(time.thread_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def table(title: str, n_bytes: int, seconds: dict[str, float], base: str) -> None:
-    """Print GB/s of each contender and its ratio to the base."""
-    print(f"\n{title}")
-    for name, median_s in seconds.items():
-        print(f"  {name:28} {n_bytes / median_s / 1e9:7.2f} GB/s   {seconds[base] / median_s:6.2f} x {base}")
 
 
 def bench_sha256(rounds: int) -> None:
@@ -89,25 +54,6 @@ def bench_sha256(rounds: int) -> None:
     table(title, size, measure(file, rounds), "hashlib")
 
 
-def bench_reed_solomon(k: int, m: int, shard: int, rounds: int) -> None:
-    """Encode into buffers that are reused, into new ones, and rebuild as many shards as can be lost."""
-    data = [os.urandom(shard) for _ in range(k)]
-    out = [bytearray(shard) for _ in range(m)]
-    n_lost = min(m, k)
-    runs: Runs = {}
-    for kernel in gf256_kernels():
-        if kernel != "generic" or k * m * shard <= 4 << 20:  # beyond, it takes seconds and tells no more
-            runs[kernel] = partial(ReedSolomon(k, m, kernel=kernel).encode, data, out)
-    base = "avx2" if "avx2" in runs else next(iter(runs))
-    code = ReedSolomon(k, m)
-    whole = [*data, *code.encode(data)]
-    runs[f"{code.kernel}, new buffers"] = partial(code.encode, data)
-    runs[f"{code.kernel}, rebuild {n_lost} lost"] = partial(
-        code.reconstruct, [*[None] * n_lost, *whole[n_lost:]], [*out[:n_lost], *[None] * (k + m - n_lost)]
-    )
-    table(f"Reed-Solomon {k}+{m}, shards of {shard >> 10} KiB", k * shard, measure(runs, rounds), base)
-
-
 def main() -> None:
     """Print every table."""
     parser = argparse.ArgumentParser(description="Kernel throughput on this machine.")
@@ -116,9 +62,7 @@ def main() -> None:
     print(f"{cpu_name()}, {os.cpu_count()} CPUs; {time.strftime('%Y-%m-%d')}; medians of {rounds} interleaved rounds")
     print(f"sha256 {hashing.kernel_name()}, gf256 {gf256_kernel_name()}; {ssl.OPENSSL_VERSION} behind hashlib")
     bench_sha256(rounds)
-    for k, m in CODES:
-        for shard in SHARD_SIZES:
-            bench_reed_solomon(k, m, shard, rounds)
+    bench_reed_solomon(rounds)
 
 
 if __name__ == "__main__":
