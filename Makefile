@@ -26,7 +26,7 @@ tools:
 
 bench-tools: build
 	tests/support/install_tools.sh bench
-	$(PY) -m pip install --quiet --disable-pip-version-check libtorrent==2.1.1
+	$(PY) -m pip install --quiet --disable-pip-version-check libtorrent==2.1.1 zfec==1.6.0.0 pyeclib==1.8.0
 
 test: build tools
 	$(PY) -m pytest -q
@@ -61,9 +61,9 @@ bench: bench-tools
 	$(PY) -m bench.kernels
 	$(PY) -m pytest -q bench/table.py
 
-bench-kernels: build
+bench-kernels: bench-tools
 	$(PY) -m bench.kernels
-	$(PY) -m pytest -q bench/micro_sha256.py
+	$(PY) -m pytest -q bench/micro_sha256.py bench/micro_gf256.py
 
 lint: build
 	$(VENV)/bin/ruff check .

@@ -14,6 +14,9 @@ done
 if [ "${1:-}" = fuzz ] && ! ls /usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-*.a >/dev/null 2>&1; then
     missing+=(libclang-rt-14-dev)
 fi
+if [ "${1:-}" = bench ] && [ ! -e /usr/include/isa-l.h ]; then
+    missing+=(libisal-dev)
+fi
 [ ${#missing[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null 2>&1; then
     echo "install_tools.sh: please install: ${missing[*]}" >&2
