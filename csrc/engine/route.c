@@ -279,7 +279,8 @@ static int route_blob(fcas_engine *e, fcas_conn *c, const uint8_t *buf, const ui
 {
     uint8_t hash[32];
     content what = {.hex = hex, .conditional = 1};
-    if (!fcas_hex_decode_hash(hex, hash) || !e->has_table || fcas_table_lookup(&e->table, type, hash, &what.place) != FCAS_OK)
+    if (!fcas_hex_decode_hash(hex, hash) || !e->has_table ||
+        fcas_table_lookup(&e->table, type, hash, &what.place) != FCAS_OK)
         return 404;
     what.size = what.place.length;
     if (type == FCAS_ENTRY_CHUNK && c->req.peer.len && !c->is_head) {

@@ -62,6 +62,7 @@ static size_t before_control(const uint8_t p[8])
     uint64_t       marks = (((x - 0x20 * ONES) & ~x) | ((del - ONES) & ~del)) & TOPS;
     return marks ? (size_t)__builtin_ctzll(marks) / 8 : 8;
 }
+
 static uint8_t lower(uint8_t c) { return c >= 'A' && c <= 'Z' ? (uint8_t)(c | 0x20) : c; }
 
 /* Whether p[0..n) is `word` (lower case, NUL-terminated), ignoring case. */

@@ -138,7 +138,8 @@ class Scrub:
                 break  # what follows reads manifests: others have their chance to bring this one back before
         else:
             self._walk = None
-        self._heal(Places.find(self._core, self._opened))
+        if self._repair and self._opened:
+            self._heal(Places.find(self._core, self._opened))
         if not self._ask:
             self._conclude()
         if self._name and self._walk is not None and time.monotonic() - self._saved_at >= SCRUB_SAVE_S:
@@ -183,9 +184,7 @@ class Scrub:
     # --- healing ---
 
     def _heal(self, places: Places) -> None:
-        """Bring back what this machine can, after what was given."""
-        if not self._repair or not self._opened:
-            return
+        """Bring back what this machine can of what is open, after what was given."""
         self._healer.publish()
         for key, item in list(self._opened.items()):
             if item.damage.kind != "manifest":

@@ -8,11 +8,13 @@ import random
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fastcas.metadata import Manifest
 from fastcas.store import Store
 
 KIB = 1 << 10
+UNIT = 16 * KIB
 INTERESTING_SIZES = (0, 1, 16383, 16384, 16385, 3 * 16384, 3 * 16384 + 7, 65535, 65536, 65537, 5 * 65536, 300_001)
 
 
@@ -148,3 +150,16 @@ def flip(path: Path | str, offset: int, bit: int = 0) -> None:
 def chunks_of(manifest: Manifest) -> Iterator[bytes]:
     """Every chunk hash, data then parity."""
     return (manifest.hash_of(i) for i in range(manifest.n_total))
+
+
+def put(
+    store: Store, folder: Path, n_chunks: int, parity: tuple[int, int] | None = None, **options: Any
+) -> tuple[bytes, Manifest]:
+    """Store a file of `n_chunks` chunks of UNIT bytes, the last one short; return its bytes and its manifest."""
+    data = data_of(n_chunks * UNIT - 5, n_chunks)
+    path = folder / f"f{n_chunks}"
+    path.write_bytes(data)
+    stored = store.store_file(path, **{"chunk_size": UNIT, "parity": parity, **options})
+    manifest = store.manifest(bytes.fromhex(stored.manifest_hash))
+    assert manifest is not None
+    return data, manifest

@@ -10,29 +10,14 @@ from pathlib import Path
 import pytest
 
 from fastcas.errors import UsageError
-from fastcas.metadata import Manifest
 from fastcas.store import Store, VerifyReport
-from tests.support.store_rig import KIB, Mirror, blob_files, check_replay, data_of, flip, followed
-
-UNIT = 16 * KIB
+from tests.support.store_rig import UNIT, Mirror, blob_files, check_replay, flip, followed, put
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     with Store.open(tmp_path / "store", create=True) as opened:
         yield opened
-
-
-def put(
-    store: Store, tmp_path: Path, n_chunks: int, parity: tuple[int, int] | None = None, *, in_place: bool = False
-) -> tuple[bytes, Manifest]:
-    data = data_of(n_chunks * UNIT - 5, n_chunks)
-    path = tmp_path / f"f{n_chunks}"
-    path.write_bytes(data)
-    stored = store.store_file(path, chunk_size=UNIT, parity=parity, in_place=in_place)
-    manifest = store.manifest(bytes.fromhex(stored.manifest_hash))
-    assert manifest is not None
-    return data, manifest
 
 
 def place(store: Store, key: bytes) -> tuple[Path, int]:

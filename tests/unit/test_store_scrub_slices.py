@@ -18,27 +18,13 @@ from fastcas.limits import VERIFY_RESUME_S
 from fastcas.metadata import Manifest
 from fastcas.node.verifying import RepairPeers, Scrubber, run_scrub
 from fastcas.store import Scrub, Store
-from tests.support.store_rig import KIB, check_replay, data_of, flip, followed
-
-UNIT = 16 * KIB
+from tests.support.store_rig import UNIT, check_replay, flip, followed, put
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     with Store.open(tmp_path / "store", create=True) as opened:
         yield opened
-
-
-def put(
-    store: Store, tmp_path: Path, n_chunks: int, parity: tuple[int, int] | None = None, **options: Any
-) -> tuple[bytes, Manifest]:
-    data = data_of(n_chunks * UNIT - 5, n_chunks)
-    path = tmp_path / f"f{n_chunks}"
-    path.write_bytes(data)
-    stored = store.store_file(path, **{"chunk_size": UNIT, "parity": parity, **options})
-    manifest = store.manifest(bytes.fromhex(stored.manifest_hash))
-    assert manifest is not None
-    return data, manifest
 
 
 def damage(store: Store, manifest: Manifest, *chunks: int) -> None:
@@ -236,9 +222,7 @@ async def here(function: Any, *values: Any) -> Any:
     return function(*values)
 
 
-def test_rate_pauses_as_long_as_it_must(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rate_pauses_as_long_as_it_must(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(store, tmp_path, 64)
     pauses: list[float] = []
     real = asyncio.sleep
