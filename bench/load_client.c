@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #define HEAD_MAX   4096
+#define FIRST_MAX  16384 /* the first call for a response: its head, and all of a small body */
 #define BODY_CHUNK (1 << 20)
 #define BUCKETS    100000 /* of 10 us */
 
@@ -135,7 +136,7 @@ int main(int argc, char **argv)
         fail("usage", "PORT PATHS_FILE CONNECTIONS SECONDS EXPECTED_BYTES DISCARD");
     int     port = atoi(argv[1]), n = atoi(argv[3]), one = 1, flags = MSG_DONTWAIT | (atoi(argv[6]) ? MSG_TRUNC : 0);
     int64_t expected = atoll(argv[5]), duration = (int64_t)(atof(argv[4]) * 1e9);
-    size_t  room = atoi(argv[6]) ? HEAD_MAX : BODY_CHUNK;
+    size_t  room = atoi(argv[6]) ? HEAD_MAX : FIRST_MAX;
     load_paths(argv[2]);
     int     ep = epoll_create1(0);
     client *clients = calloc((size_t)n, sizeof *clients);
