@@ -16,6 +16,10 @@ cdef extern from "common/cpu.h" nogil:
     void fcas_cpu_mask(uint32_t allowed)
 
 
+cdef extern from "common/populate.h" nogil:
+    void fcas_populate(void *at, size_t n)
+
+
 cdef extern from "gf256/gf256.h" nogil:
     enum:
         FCAS_GF256_SIDE_MAX

@@ -151,6 +151,7 @@ cdef class Plan:
                 item = inputs[i] if is_input else outputs[i - n_in]
                 if not is_input and item is None:
                     item = PyBytes_FromStringAndSize(NULL, views[0].len)
+                    fcas_populate(PyBytes_AS_STRING(item), <size_t>views[0].len)
                     flags = PyBUF_SIMPLE  # new and not yet seen by anyone: written although bytes are read-only
                 else:
                     flags = PyBUF_SIMPLE if is_input else PyBUF_WRITABLE

@@ -9,8 +9,8 @@ not written again, nor is one that came earlier in the same ingest; `in place` w
 encoded from the same buffers and is always owned.
 Publish order (architecture §7): blob (temp, write, fsync, rename, fsync folder), manifests likewise, catalog
 commit, listener. Until the commit nothing refers to what was written, and an error takes it away again.
-Memory: three buffers (fewer for a file that needs fewer), each of one stripe with its parity, or of as many stripes
-as fit 4 MiB: at most 3 * max((k + m) * chunk size, 4 MiB).
+Memory: three buffers (fewer for a file that needs fewer). With parity each is one stripe, 3 * (k + m) * chunk size in
+all; without, 4 MiB or one larger chunk.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Layout:
 
     Attributes:
         unit: Bytes per chunk; of a file with one chunk, that chunk's.
-        step: Bytes of the file per buffer: whole stripes.
+        step: Bytes of the file per buffer: one stripe, or without parity some chunks.
         n_steps: Buffers to fill, one after the other.
         n_slots: Buffers that there are.
         data_size: Bytes of one for data, padding of short stripes included.
@@ -99,11 +99,11 @@ class Layout:
         unit = min(chunk_size, size)
         if unit == 0:
             return cls(0, 0, 0, 0, 0, 0)
-        width = max(k, 1)
-        step = width * chunk_size * max(1, BUFFER_B // ((width + m) * chunk_size))
+        width = k if m else max(1, BUFFER_B // chunk_size)
+        step = width * chunk_size
         n_steps = -(-size // step)
-        n_stripes = -(-min(step, size) // (width * chunk_size))
-        return cls(unit, step, n_steps, min(n_steps, SLOTS), n_stripes * width * unit, n_stripes * m * unit)
+        data_size = width * unit if m else min(step, size)
+        return cls(unit, step, n_steps, min(n_steps, SLOTS), data_size, m * unit)
 
 
 class _Slot:
@@ -121,7 +121,7 @@ class _Slot:
 
 
 class _Parity:
-    """Encodes the stripes of one file, buffer by buffer, in any one thread at a time."""
+    """Encodes the stripes of one file, one buffer each, in any one thread at a time."""
 
     def __init__(self, k: int, m: int) -> None:
         self._code = ReedSolomon(k, m)
@@ -129,22 +129,17 @@ class _Parity:
         self.hashes = bytearray()
 
     def encode(self, slot: _Slot, length: int, unit: int) -> tuple[list[bytes], list[memoryview]]:
-        """Encode the stripes in the first `length` bytes of a buffer; what is behind them is overwritten.
+        """Encode the stripe in the first `length` bytes of a buffer; what is behind them is overwritten.
 
         Returns:
             Hashes and bytes of the parity chunks; the bytes lie in the slot.
         """
-        end = -(-length // (self._k * unit)) * self._k * unit
+        end = self._k * unit
         for at in range(length, end, len(_ZEROS)):
             slot.view[at:end][: len(_ZEROS)] = _ZEROS[: end - at]
-        shards: list[memoryview] = []
-        for first in range(0, end, self._k * unit):
-            # A stripe with a single, shorter chunk has shards of that length.
-            size = min(unit, length - first)
-            data = [slot.view[at : at + size] for at in range(first, first + self._k * unit, unit)]
-            base = len(shards) * unit
-            rows = [slot.parity[at : at + size] for at in range(base, base + self._m * unit, unit)]
-            shards += self._code.encode(data, rows)
+        size = min(unit, length)  # a stripe with a single, shorter chunk has shards of that length
+        data = [slot.view[at : at + size] for at in range(0, end, unit)]
+        shards = self._code.encode(data, [slot.parity[at : at + size] for at in range(0, self._m * unit, unit)])
         keys = digest_many(shards)
         self.hashes += b"".join(keys)
         return keys, shards
