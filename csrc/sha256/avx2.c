@@ -78,7 +78,7 @@ static void compress2(uint32_t state_a[8], const uint8_t *a, uint32_t state_b[8]
 }
 
 const fcas_sha256_kernel fcas_sha256_avx2_x8 = {"avx2_x8", FCAS_CPU_AVX2, compress, compress2, LANES, 2,
-                                                compress_lanes};
+                                                compress_lanes, NULL};
 #else
 /* ISO C forbids an empty translation unit. */
 typedef int fcas_sha256_avx2_not_built;

@@ -81,7 +81,7 @@ static void compress2(uint32_t state_a[8], const uint8_t *a, uint32_t state_b[8]
  * does not hold down: from ten lanes on it pays (csrc/README.md). */
 const fcas_sha256_kernel fcas_sha256_avx512_x16 = {
     "avx512_x16", FCAS_CPU_AVX512 | FCAS_CPU_SHANI | FCAS_CPU_SSE41 | FCAS_CPU_SSSE3, compress, compress2,
-    LANES, 10, compress_lanes};
+    LANES, 10, compress_lanes, NULL};
 #else
 /* ISO C forbids an empty translation unit. */
 typedef int fcas_sha256_avx512_not_built;

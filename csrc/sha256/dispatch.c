@@ -6,7 +6,7 @@
 #include "sha256/kernels.h"
 
 /* Every name that FASTCAS_SHA256_KERNEL accepts, built or not; the last that a CPU supports is its default.
- * avx512_x16 is faster than shani_x2 over many messages, but slows what its core does next (csrc/README.md):
+ * avx512_x16 is faster than shani_x10 over many messages, but slows what its core does next (csrc/README.md):
  * it is used where it is asked for. */
 static const struct {
     const char *name;
@@ -18,11 +18,13 @@ static const struct {
     {"shani", &fcas_sha256_shani},
     {"avx512_x16", &fcas_sha256_avx512_x16},
     {"shani_x2", &fcas_sha256_shani_x2},
+    {"shani_x10", &fcas_sha256_shani_x10},
 #else
     {"avx2_x8", NULL},
     {"shani", NULL},
     {"avx512_x16", NULL},
     {"shani_x2", NULL},
+    {"shani_x10", NULL},
 #endif
 };
 

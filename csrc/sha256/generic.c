@@ -80,4 +80,4 @@ static void compress2(uint32_t state_a[8], const uint8_t *a, uint32_t state_b[8]
     compress(state_b, b, nblocks);
 }
 
-const fcas_sha256_kernel fcas_sha256_generic = {"generic", 0, compress, compress2, 0, 0, NULL};
+const fcas_sha256_kernel fcas_sha256_generic = {"generic", 0, compress, compress2, 0, 0, NULL, NULL};

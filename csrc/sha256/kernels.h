@@ -20,6 +20,7 @@ extern const fcas_sha256_kernel fcas_sha256_avx2_x8;
 extern const fcas_sha256_kernel fcas_sha256_avx512_x16;
 extern const fcas_sha256_kernel fcas_sha256_shani;
 extern const fcas_sha256_kernel fcas_sha256_shani_x2;
+extern const fcas_sha256_kernel fcas_sha256_shani_x10;
 #endif
 
 /* The chaining value as bytes: a digest, or a midstate. */

@@ -1,4 +1,4 @@
-/* Messages of any lengths over the lanes of a kernel: a lane whose message ends takes the next one. */
+/* Messages of any lengths over the streams of a kernel: one whose message ends takes the next. */
 #include <string.h>
 
 #include "sha256/kernels.h"
@@ -77,41 +77,101 @@ static void step_wide(const fcas_sha256_kernel *kernel, lane lanes[], const lane
             advance(&lanes[i], nblocks);
 }
 
-/* The two that have most left, until the third is as long: so that no long one is left over to run alone. */
-static void step_longest_two(const fcas_sha256_kernel *kernel, lane lanes[], size_t n)
+/* The two that have most left, and how much the third has; b is NULL if there is but one. */
+typedef struct {
+    lane *a, *b;
+    size_t third;
+} longest;
+
+static longest find_longest(lane lanes[], size_t n)
 {
-    enum { LEAST = 64 }; /* blocks: a call's own cost vanishes, and equal messages still take turns */
-    lane *a = NULL, *b = NULL;
-    size_t third = 0;
+    longest found = {NULL, NULL, 0};
 
     for (size_t i = 0; i < n; i++) {
         lane *l = &lanes[i];
         if (l->is_idle)
             continue;
-        if (a == NULL || l->nblocks > a->nblocks) {
-            third = b != NULL ? b->nblocks : 0;
-            b = a;
-            a = l;
-        } else if (b == NULL || l->nblocks > b->nblocks) {
-            third = b != NULL ? b->nblocks : 0;
-            b = l;
-        } else if (l->nblocks > third) {
-            third = l->nblocks;
+        if (found.a == NULL || l->nblocks > found.a->nblocks) {
+            found.third = found.b != NULL ? found.b->nblocks : 0;
+            found.b = found.a;
+            found.a = l;
+        } else if (found.b == NULL || l->nblocks > found.b->nblocks) {
+            found.third = found.b != NULL ? found.b->nblocks : 0;
+            found.b = l;
+        } else if (l->nblocks > found.third) {
+            found.third = l->nblocks;
         }
     }
-    if (b == NULL) {
-        kernel->compress(a->state, a->p, a->nblocks);
-        advance(a, a->nblocks);
+    return found;
+}
+
+/* A call's least number of blocks, if there are so many: its own cost vanishes, and equal messages still take
+ * turns. */
+enum { LEAST = 64 };
+
+/* The two that have most left, until the third is as long: so that no long one is left over to run alone. */
+static void step_longest_two(const fcas_sha256_kernel *kernel, lane lanes[], size_t n)
+{
+    const longest two = find_longest(lanes, n);
+
+    if (two.b == NULL) {
+        kernel->compress(two.a->state, two.a->p, two.a->nblocks);
+        advance(two.a, two.a->nblocks);
         return;
     }
-    size_t nblocks = b->nblocks - third;
+    size_t nblocks = two.b->nblocks - two.third;
     if (nblocks < LEAST)
         nblocks = LEAST;
-    if (nblocks > b->nblocks)
-        nblocks = b->nblocks;
-    kernel->compress2(a->state, a->p, b->state, b->p, nblocks);
-    advance(a, nblocks);
-    advance(b, nblocks);
+    if (nblocks > two.b->nblocks)
+        nblocks = two.b->nblocks;
+    kernel->compress2(two.a->state, two.a->p, two.b->state, two.b->p, nblocks);
+    advance(two.a, nblocks);
+    advance(two.b, nblocks);
+}
+
+/* The two that have most left run beside the others, at FCAS_SHA256_PACE times their pace: until one ends, or,
+ * if none waits to follow it, until the third is as long. */
+static void step_beside(const fcas_sha256_kernel *kernel, lane lanes[], size_t n, int is_last_of_queue)
+{
+    uint32_t scratch[FCAS_SHA256_LANES_MAX][8] = {{0}};
+    uint32_t(*states[FCAS_SHA256_LANES_MAX])[8];
+    const uint8_t *blocks[FCAS_SHA256_LANES_MAX];
+    const longest two = find_longest(lanes, n);
+    size_t nblocks = two.b->nblocks / FCAS_SHA256_PACE, n_used = 0;
+
+    if (is_last_of_queue) {
+        size_t until_level = (two.b->nblocks - two.third) / (FCAS_SHA256_PACE - 1);
+        if (until_level < LEAST)
+            until_level = LEAST;
+        if (nblocks > until_level)
+            nblocks = until_level;
+    }
+    for (size_t i = 0; i < n; i++) {
+        lane *l = &lanes[i];
+        if (l->is_idle || l == two.a || l == two.b)
+            continue;
+        states[n_used] = &l->state;
+        blocks[n_used++] = l->p;
+        if (l->nblocks < nblocks)
+            nblocks = l->nblocks;
+    }
+    if (nblocks == 0) { /* all are short */
+        step_longest_two(kernel, lanes, n);
+        return;
+    }
+    for (; n_used < kernel->n_lanes; n_used++) {
+        states[n_used] = &scratch[n_used];
+        blocks[n_used] = two.b->p;
+    }
+    kernel->compress_beside(states, blocks, nblocks, two.a->state, two.a->p, two.b->state, two.b->p);
+    for (size_t i = 0; i < n; i++)
+        if (!lanes[i].is_idle)
+            advance(&lanes[i], &lanes[i] == two.a || &lanes[i] == two.b ? FCAS_SHA256_PACE * nblocks : nblocks);
+}
+
+static size_t n_streams(const fcas_sha256_kernel *kernel)
+{
+    return kernel->compress_lanes != NULL ? kernel->n_lanes : kernel->n_lanes + 2;
 }
 
 void fcas_sha256_many(const fcas_sha256_kernel *kernel, const uint8_t *const *messages,
@@ -122,7 +182,7 @@ void fcas_sha256_many(const fcas_sha256_kernel *kernel, const uint8_t *const *me
 
     if (kernel == NULL)
         kernel = fcas_sha256_default();
-    size_t n_lanes = kernel->compress_lanes != NULL ? kernel->n_lanes : 2;
+    const size_t n_lanes = n_streams(kernel);
 
     for (size_t i = 0; i < n_lanes; i++)
         take_message(&lanes[i], &q);
@@ -139,9 +199,11 @@ void fcas_sha256_many(const fcas_sha256_kernel *kernel, const uint8_t *const *me
         }
         if (n_busy == 0)
             return;
-        if (kernel->compress_lanes != NULL && n_busy >= kernel->n_lanes_min)
+        if (kernel->n_lanes == 0 || n_busy < kernel->n_lanes_min)
+            step_longest_two(kernel, lanes, n_lanes);
+        else if (kernel->compress_lanes != NULL)
             step_wide(kernel, lanes, busy);
         else
-            step_longest_two(kernel, lanes, n_lanes);
+            step_beside(kernel, lanes, n_lanes, q.next == q.n);
     }
 }

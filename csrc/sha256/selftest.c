@@ -91,6 +91,61 @@ static int pair_is_right(const fcas_sha256_kernel *kernel)
            && memcmp(digests[1], known[1].digest, FCAS_SHA256_DIGEST) == 0;
 }
 
+/* compress_beside, a block of each lane at a time: "abc" in every second lane from the given one on, which ends
+ * with the first block, the example of two blocks in the others, and the 16 blocks of the long message beside. */
+static int beside_is_right(const fcas_sha256_kernel *kernel, const uint8_t message[LONG_SIZE], unsigned first_abc,
+                           int is_alone)
+{
+    enum { LANES = 2 * FCAS_SHA256_PACE, LONG_BLOCKS = 16 };
+    const size_t n = strlen(known[0].text), m = strlen(known[1].text);
+    const size_t pace = is_alone ? LANES : FCAS_SHA256_PACE;
+    uint8_t padded[(LONG_BLOCKS + 1) * FCAS_SHA256_BLOCK]; /* fcas_sha256_pad asks for room for two blocks */
+    uint8_t tails[2][2 * FCAS_SHA256_BLOCK], digest[FCAS_SHA256_DIGEST];
+    uint32_t own[LANES][8], fast[2][8];
+    uint32_t(*states[LANES])[8];
+    const uint8_t *blocks[LANES];
+    const size_t whole = LONG_SIZE - LONG_SIZE % FCAS_SHA256_BLOCK;
+    int is_right = 1;
+
+    memcpy(padded, message, whole);
+    (void)fcas_sha256_pad(padded + whole, message + whole, LONG_SIZE - whole, LONG_SIZE);
+    (void)fcas_sha256_pad(tails[0], (const uint8_t *)known[0].text, n, n);
+    (void)fcas_sha256_pad(tails[1], (const uint8_t *)known[1].text, m, m);
+    for (unsigned l = 0; l < LANES; l++) {
+        memcpy(own[l], fcas_sha256_iv, sizeof own[l]);
+        states[l] = &own[l];
+        blocks[l] = tails[(l + first_abc) % 2];
+    }
+    memcpy(fast[0], fcas_sha256_iv, sizeof fast[0]);
+    memcpy(fast[1], fcas_sha256_iv, sizeof fast[1]);
+    for (size_t done = 0; done < LONG_BLOCKS; done += pace) {
+        const uint8_t *p = padded + done * FCAS_SHA256_BLOCK;
+        kernel->compress_beside(states, blocks, 1, fast[0], p, is_alone ? NULL : fast[1], p);
+        for (unsigned l = 0; l < LANES; l++) {
+            const unsigned kind = (l + first_abc) % 2; /* ends with that block */
+            fcas_sha256_store_words(digest, own[l]);
+            if (done == kind * pace)
+                is_right &= memcmp(digest, known[kind].digest, sizeof digest) == 0;
+            blocks[l] = tails[1] + FCAS_SHA256_BLOCK; /* from the second on for whoever needs it */
+        }
+    }
+    for (unsigned i = 0; i < (is_alone ? 1u : 2u); i++) {
+        fcas_sha256_store_words(digest, fast[i]);
+        is_right &= memcmp(digest, long_digest, sizeof digest) == 0;
+    }
+    return is_right;
+}
+
+static int all_beside_is_right(const fcas_sha256_kernel *kernel, const uint8_t message[LONG_SIZE])
+{
+    int is_right = 1;
+
+    if (kernel->compress_beside != NULL)
+        for (unsigned i = 0; i < 4; i++)
+            is_right &= beside_is_right(kernel, message, i / 2, i % 2 == 0);
+    return is_right;
+}
+
 fcas_status fcas_sha256_self_test(const fcas_sha256_kernel *kernel)
 {
     uint8_t message[LONG_SIZE];
@@ -98,6 +153,7 @@ fcas_status fcas_sha256_self_test(const fcas_sha256_kernel *kernel)
     for (unsigned i = 0; i < LONG_SIZE; i++)
         message[i] = (uint8_t)(7 * i % 251);
     return many_is_right(kernel, message) && one_and_two_are_right(kernel, message) && pair_is_right(kernel)
+                   && all_beside_is_right(kernel, message)
                ? FCAS_OK
                : FCAS_E_CORRUPT;
 }

@@ -18,6 +18,7 @@
 #define FCAS_SHA256_BLOCK  64u
 #define FCAS_SHA256_DIGEST 32u
 #define FCAS_SHA256_LANES_MAX 16u
+#define FCAS_SHA256_PACE   4u
 
 typedef struct {
     const char *name;      /* what FASTCAS_SHA256_KERNEL accepts: "generic", "shani_x2", ... */
@@ -27,10 +28,16 @@ typedef struct {
     /* Two independent streams of the same length; a == b (the same bytes under two states) is allowed.
      * Kernels without interleaving run one after the other. */
     void (*compress2)(uint32_t state_a[8], const uint8_t *a, uint32_t state_b[8], const uint8_t *b, size_t nblocks);
-    /* n_lanes independent streams of the same length, or NULL and 0; faster than compress2 in turn from
-     * n_lanes_min streams on. Streams may share bytes, states may not. */
-    size_t n_lanes, n_lanes_min; /* n_lanes <= FCAS_SHA256_LANES_MAX, n_lanes_min >= 1 */
+    /* A kernel may have lanes for more messages, and then one of the two functions below; 0 and NULL if not.
+     * From n_lanes_min >= 1 messages on, of up to FCAS_SHA256_LANES_MAX at a time, it is faster than compress2 in
+     * turn. Streams may share bytes, states may not. */
+    size_t n_lanes, n_lanes_min;
+    /* n_lanes independent streams of the same length. */
     void (*compress_lanes)(uint32_t (*const states[])[8], const uint8_t *const blocks[], size_t nblocks);
+    /* The same of 2 * FCAS_SHA256_PACE lanes, and beside them two faster ones: nblocks of each lane, FCAS_SHA256_PACE times as many of a and
+     * of b; or, if state_b is NULL, twice that of a alone. */
+    void (*compress_beside)(uint32_t (*const states[])[8], const uint8_t *const blocks[], size_t nblocks,
+                            uint32_t state_a[8], const uint8_t *a, uint32_t state_b[8], const uint8_t *b);
 } fcas_sha256_kernel;
 
 typedef struct {
@@ -69,8 +76,8 @@ void fcas_sha256_final(fcas_sha256 *s, uint8_t out[32]);
 void fcas_sha256_update2(fcas_sha256 *a, fcas_sha256 *b, const uint8_t *p, size_t n);
 
 /* digests[32*i] = SHA-256 of the lengths[i] bytes at messages[i], i in [0, n), taken up in this order. As many
- * messages at a time as the kernel has lanes, else two; a lane whose message ends takes the next. When fewer
- * are left than it pays for, the longest two go through compress2 by turns. No allocation. */
+ * messages at a time as the kernel has streams; one whose message ends takes the next. When fewer are left than
+ * lanes pay for, the longest two go through compress2 by turns. No allocation. */
 void fcas_sha256_many(const fcas_sha256_kernel *kernel, const uint8_t *const *messages, const size_t *lengths,
                       size_t n, uint8_t *digests);
 

@@ -173,9 +173,10 @@ static void compress2_in_turn(uint32_t state_a[8], const uint8_t *a, uint32_t st
     compress(state_b, b, nblocks);
 }
 
-const fcas_sha256_kernel fcas_sha256_shani = {"shani", NEEDS, compress, compress2_in_turn, 0, 0, NULL};
+const fcas_sha256_kernel fcas_sha256_shani = {"shani", NEEDS, compress, compress2_in_turn, 0, 0, NULL,
+                                              NULL};
 const fcas_sha256_kernel fcas_sha256_shani_x2 = {"shani_x2", NEEDS, compress, compress2_interleaved, 0,
-                                                 0, NULL};
+                                                 0, NULL, NULL};
 #else
 /* ISO C forbids an empty translation unit. */
 typedef int fcas_sha256_shani_not_built;

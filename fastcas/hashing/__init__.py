@@ -10,6 +10,7 @@ from fastcas.hashing._sha256 import (
     ChunkHasher,
     Sha256,
     chunk_pass,
+    chunk_passes,
     digest_many,
     kernel_name,
     kernels,
@@ -17,4 +18,14 @@ from fastcas.hashing._sha256 import (
     sha256,
 )
 
-__all__ = ["ChunkHasher", "Sha256", "chunk_pass", "digest_many", "kernel_name", "kernels", "self_test", "sha256"]
+__all__ = [
+    "ChunkHasher",
+    "Sha256",
+    "chunk_pass",
+    "chunk_passes",
+    "digest_many",
+    "kernel_name",
+    "kernels",
+    "self_test",
+    "sha256",
+]

@@ -44,6 +44,8 @@ cdef extern from "sha256/chunks.h" nogil:
         size_t chunk_size
         size_t filled
     fcas_status fcas_chunks_init(fcas_chunks *c, const fcas_sha256_kernel *kernel, size_t chunk_size)
+    fcas_status fcas_chunks_resume(fcas_chunks *c, const fcas_sha256_kernel *kernel, size_t chunk_size,
+                                   const uint8_t *midstate, uint64_t length)
     size_t fcas_chunks_completed_by(const fcas_chunks *c, size_t n)
     size_t fcas_chunks_update(fcas_chunks *c, const uint8_t *p, size_t n, uint8_t *hashes, uint8_t *midstates)
     size_t fcas_chunks_finish(fcas_chunks *c, uint8_t *last_hash, uint8_t *content_hash)

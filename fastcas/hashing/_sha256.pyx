@@ -26,7 +26,7 @@ cdef const fcas_sha256_kernel *_find_kernel(str name, str asked_by) except NULL:
     if status == FCAS_OK:
         return kernel
     if status == FCAS_KERNEL_UNKNOWN:
-        reason = "unknown, expected one of generic, avx2_x8, shani, avx512_x16, shani_x2"
+        reason = "unknown, expected one of generic, avx2_x8, shani, avx512_x16, shani_x2, shani_x10"
     elif status == FCAS_KERNEL_NOT_BUILT:
         reason = "not built by this compiler"
     else:
@@ -181,6 +181,32 @@ def chunk_pass(data, bytes chain not None, *, kernel=None):
     finally:
         PyBuffer_Release(&view)
     return digest, after
+
+
+def chunk_passes(data, chunk_size, bytes chain not None, *, kernel=None):
+    cdef fcas_chunks chunks
+    cdef Py_buffer view
+    cdef const fcas_sha256_kernel *k = _kernel_of(kernel)
+    if not BLOCK <= chunk_size <= CHUNK_SIZE_MAX or chunk_size % BLOCK:
+        raise UsageError(f"chunk size: expected a multiple of 64 from 64 B to 16 MiB, got {chunk_size} B")
+    if len(chain) != 32:
+        raise UsageError(f"chain: expected 32 B, got {len(chain)} B")
+    fcas_chunks_resume(&chunks, k, chunk_size, <const uint8_t *>PyBytes_AS_STRING(chain), 0)
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        if <size_t>view.len % chunks.chunk_size != 0:
+            raise UsageError(f"data: expected a multiple of {chunk_size} B, got {view.len} B; nothing was hashed")
+        hashes = PyBytes_FromStringAndSize(NULL, <size_t>view.len // chunks.chunk_size * DIGEST)
+        midstates = PyBytes_FromStringAndSize(NULL, <size_t>view.len // chunks.chunk_size * DIGEST)
+        _pass_over(&chunks, &view, <uint8_t *>PyBytes_AS_STRING(hashes), <uint8_t *>PyBytes_AS_STRING(midstates))
+    finally:
+        PyBuffer_Release(&view)
+    return hashes, midstates
+
+
+cdef void _pass_over(fcas_chunks *chunks, Py_buffer *view, uint8_t *hashes, uint8_t *midstates) noexcept:
+    with nogil:
+        fcas_chunks_update(chunks, <const uint8_t *>view.buf, <size_t>view.len, hashes, midstates)
 
 
 cdef class Sha256:

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from fastcas.errors import UsageError
-from fastcas.hashing import ChunkHasher, Sha256, kernels
+from fastcas.hashing import ChunkHasher, Sha256, chunk_pass, chunk_passes, kernels
 from fastcas.limits import CHUNK_SIZE_MAX, CHUNKS_MAX
 from fastcas.metadata import EMPTY_SHA256, Manifest
 
@@ -55,6 +55,44 @@ def test_update_random_cuts_with_empty_buffers_equals_one_piece(kernel):
             hasher.update(memoryview(DATA)[at : at + take])
             at += take
         assert hasher.finish() == expected(DATA, 256)
+
+
+@pytest.mark.parametrize("chunk_size", [448, 512, 1024, 1536])
+def test_update_eight_chunks_and_more_at_once_equals_hashlib(kernel, chunk_size):
+    """Chunks go side by side from eight on, if their size is a multiple of 512, wherever the buffer begins."""
+    data = random.Random(chunk_size).randbytes(18 * chunk_size)
+    for n_chunks in (7, 8, 9, 15, 16, 17):
+        for odd in (0, 1, 64):
+            whole = data[: n_chunks * chunk_size + odd]
+            assert ChunkHasher(chunk_size, kernel=kernel).update(whole).finish() == expected(whole, chunk_size)
+            view = memoryview(whole)
+            for first in (64, chunk_size, chunk_size + 1):
+                hasher = ChunkHasher(chunk_size, kernel=kernel).update(view[:first]).update(view[first:])
+                assert hasher.finish() == expected(whole, chunk_size), f"{n_chunks} chunks and {odd} B after {first} B"
+
+
+@pytest.mark.parametrize("chunk_size", [64, 512])
+@pytest.mark.parametrize("n_chunks", [0, 1, 8, 11])
+def test_chunk_passes_equals_chunk_pass_over_each(kernel, chunk_size, n_chunks):
+    before = Sha256().update(DATA[:128])
+    data = memoryview(DATA * 2)[3 : 3 + n_chunks * chunk_size]
+    keys, chains, chain = [], [], before.midstate()
+    for at in range(0, len(data), chunk_size):
+        key, chain = chunk_pass(data[at : at + chunk_size], chain, kernel="generic")
+        keys.append(key)
+        chains.append(chain)
+    assert chunk_passes(data, chunk_size, before.midstate(), kernel=kernel) == (b"".join(keys), b"".join(chains))
+
+
+@pytest.mark.parametrize(
+    ("size", "chunk_size", "chain", "message"),
+    [(512, 512, bytes(31), "chain: expected 32 B, got 31 B"), (513, 512, bytes(32), "multiple of 512 B, got 513 B"),
+     (64, 100, bytes(32), "chunk size: expected a multiple of 64"), (64, 0, bytes(32), "chunk size: expected"),
+     (64, CHUNK_SIZE_MAX + 64, bytes(32), "chunk size: expected"), (64, 1 << 70, bytes(32), "chunk size: expected")],
+)  # fmt: skip
+def test_chunk_passes_wrong_length_raises(size, chunk_size, chain, message):
+    with pytest.raises(UsageError, match=message):
+        chunk_passes(bytes(size), chunk_size, chain)
 
 
 def test_finish_of_nothing_is_the_hash_of_nothing(kernel):

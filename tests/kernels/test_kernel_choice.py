@@ -16,7 +16,7 @@ from fastcas.parity import _gf256
 ROOT = Path(__file__).parents[2]
 ROOMS = {
     "hashing": ("FASTCAS_SHA256_KERNEL", hashing, _sha256, "FCAS_NO_SHA256_SIMD",
-                ["generic", "avx2_x8", "shani", "avx512_x16", "shani_x2"]),
+                ["generic", "avx2_x8", "shani", "avx512_x16", "shani_x2", "shani_x10"]),
     "parity": ("FASTCAS_GF256_KERNEL", parity, _gf256, "FCAS_NO_GF256_SIMD", ["generic", "ssse3", "avx2", "gfni"]),
 }
 
@@ -71,13 +71,14 @@ def test_demand_without_cpu_support_raises(room):
 
 
 SSSE3, SSE41, SHANI, AVX2, GFNI, AVX512 = (1 << bit for bit in range(6))  # csrc/common/cpu.h
-SHA256_NEEDS = {"avx2_x8": AVX2, "shani": SHANI | SSE41 | SSSE3, "avx512_x16": AVX512 | SHANI | SSE41 | SSSE3}
+SHA256_NEEDS = {"avx2_x8": AVX2, "shani": SHANI | SSE41 | SSSE3}
+SHA256_NEEDS |= dict.fromkeys(("avx512_x16", "shani_x10"), AVX512 | SHA256_NEEDS["shani"])
 
 
 def sha256_default(cpu: int) -> str:
     """What the rule of csrc/README.md gives."""
     if not SHA256_NEEDS["shani"] & ~cpu:
-        return "shani_x2"
+        return "shani_x10" if cpu & AVX512 else "shani_x2"
     return "avx2_x8" if cpu & AVX2 else "generic"
 
 

@@ -159,7 +159,15 @@ def test_digest_many_every_count_fills_lanes_and_leaves_some_idle(kernel, size):
         assert digest_many(messages, kernel=kernel) == [expected(m) for m in messages], f"{count} messages"
 
 
-@pytest.mark.parametrize("n_long", [1, 2, 3, 7, 8, 9])
+@pytest.mark.parametrize("size", [256, 1000, 20_000])
+def test_digest_many_equal_messages_of_other_bytes_equal_hashlib(kernel, size):
+    """Counts around the six from which lanes pay, ten streams, and lanes and streams that end together."""
+    for count in (5, 6, 7, 9, 10, 11, 15, 16, 17, 26):
+        messages = [memoryview(DATA)[i : i + size] for i in range(count)]
+        assert digest_many(messages, kernel=kernel) == [expected(m) for m in messages], f"{count} messages"
+
+
+@pytest.mark.parametrize("n_long", [1, 2, 3, 7, 8, 9, 12, 17])
 def test_digest_many_long_messages_among_short_ones_equal_hashlib(kernel, n_long):
     """Long ones outlast the rest: they end in twos and alone, wherever they stand in the list."""
     rng = random.Random(n_long)

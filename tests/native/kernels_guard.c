@@ -102,20 +102,59 @@ static void sha256_within_bounds(const fcas_sha256_kernel *k, const fcas_sha256_
     }
 }
 
+/* Lanes and the streams beside them read up to the very end of what they were given, and from its beginning. */
+static void beside_within_bounds(const fcas_sha256_kernel *k, const fcas_sha256_kernel *truth)
+{
+    enum { LANES = 2 * FCAS_SHA256_PACE, N_DATA = LANES + 2 };
+    uint8_t *data[N_DATA];
+    uint32_t got[N_DATA][8], want[N_DATA][8], (*states[LANES])[8];
+    const uint8_t *blocks[LANES];
+
+    CHECK(k->n_lanes == LANES);
+    for (unsigned i = 0; i < N_DATA; i++) {
+        data[i] = guarded();
+        fill(data[i], ROOM, 20 + i);
+    }
+    for (size_t n = 0; n <= ROOM / 64 / LANES; n++) {
+        for (unsigned way = 0; way < 4; way++) {
+            const int is_alone = way & 1, at_end = way & 2;
+            const size_t n_fast = is_alone ? LANES * n : FCAS_SHA256_PACE * n;
+            const uint8_t *fast[2];
+            for (unsigned i = 0; i < N_DATA; i++) {
+                const size_t size = 64 * (i < LANES ? n : n_fast);
+                const uint8_t *p = at_end ? data[i] + ROOM - size : data[i];
+                for (unsigned j = 0; j < 8; j++)
+                    got[i][j] = want[i][j] = 0x9e3779b9u * (8 * i + j + 1);
+                if (i < LANES) {
+                    blocks[i] = p;
+                    states[i] = &got[i];
+                } else {
+                    fast[i - LANES] = p;
+                }
+                if (i < N_DATA - 1 || !is_alone)
+                    truth->compress(want[i], p, size / 64);
+            }
+            k->compress_beside(states, blocks, n, got[LANES], fast[0], is_alone ? NULL : got[LANES + 1],
+                               is_alone ? NULL : fast[1]);
+            CHECK(memcmp(got, want, sizeof got) == 0);
+        }
+    }
+}
+
 /* Hashes and midstates end exactly where the next page begins. */
-static void chunks_within_bounds(const fcas_sha256_kernel *k)
+static void chunks_within_bounds(const fcas_sha256_kernel *k, size_t size, size_t n_max)
 {
     uint8_t *data = guarded(), *hashes = guarded(), *midstates = guarded(), last[32], whole[32], want[32];
 
     fill(data, ROOM, 2);
-    for (size_t n = 0; n <= 1000; n += 13) {
-        for (size_t step = 1; step <= 1001; step += 125) {
+    for (size_t n = n_max % 13; n <= n_max; n += 13) {
+        for (size_t step = 1; step <= n_max + 1; step += n_max / 8) {
             fcas_chunks c;
-            size_t n_done = 0, n_full = n / 128;
+            size_t n_done = 0, n_full = n / size;
             uint8_t *h = hashes + ROOM - 32 * n_full, *m = midstates + ROOM - 32 * n_full;
             const uint8_t *p = data + ROOM - n;
 
-            CHECK(fcas_chunks_init(&c, k, 128) == FCAS_OK);
+            CHECK(fcas_chunks_init(&c, k, size) == FCAS_OK);
             for (size_t at = 0; at < n; at += step) {
                 size_t take = n - at < step ? n - at : step;
                 size_t expected = fcas_chunks_completed_by(&c, take);
@@ -123,23 +162,37 @@ static void chunks_within_bounds(const fcas_sha256_kernel *k)
                 n_done += expected;
             }
             CHECK(n_done == n_full);
-            CHECK(fcas_chunks_finish(&c, last, whole) == (n % 128 != 0));
+            CHECK(fcas_chunks_finish(&c, last, whole) == (n % size != 0));
             digest(k, p, n, want);
             CHECK(memcmp(whole, want, 32) == 0);
             for (size_t i = 0; i < n_full; i++) {
-                digest(k, p + 128 * i, 128, want);
+                digest(k, p + size * i, size, want);
                 CHECK(memcmp(h + 32 * i, want, 32) == 0);
+            }
+            if (n_full > 0) { /* the midstate before what is left leads to the same end */
+                CHECK(fcas_chunks_resume(&c, k, size, m + 32 * (n_full - 1), size * n_full) == FCAS_OK);
+                CHECK(fcas_chunks_update(&c, p + size * n_full, n % size, NULL, NULL) == 0);
+                (void)fcas_chunks_finish(&c, last, want);
+                CHECK(memcmp(want, whole, 32) == 0);
             }
         }
     }
+}
+
+static void chunk_sizes_are_checked(void)
+{
     fcas_chunks c;
-    CHECK(fcas_chunks_init(&c, k, 0) == FCAS_E_ARG && fcas_chunks_init(&c, k, 100) == FCAS_E_ARG);
-    CHECK(fcas_chunks_init(&c, k, 64) == FCAS_OK);
+    uint8_t midstate[32] = {0};
+
+    CHECK(fcas_chunks_init(&c, NULL, 0) == FCAS_E_ARG && fcas_chunks_init(&c, NULL, 100) == FCAS_E_ARG);
+    CHECK(fcas_chunks_resume(&c, NULL, 100, midstate, 0) == FCAS_E_ARG);
+    CHECK(fcas_chunks_resume(&c, NULL, 128, midstate, 192) == FCAS_E_ARG);
+    CHECK(fcas_chunks_init(&c, NULL, 64) == FCAS_OK);
     CHECK(fcas_chunks_completed_by(&c, SIZE_MAX) == SIZE_MAX / 64);
 }
 
 /* How many blocks went through each function of a kernel with four lanes that pay only when all are busy. */
-static size_t n_alone, n_paired, n_wide;
+static size_t n_alone, n_paired, n_wide, n_beside;
 
 static void count_one(uint32_t state[8], const uint8_t *blocks, size_t nblocks)
 {
@@ -160,10 +213,20 @@ static void count_four(uint32_t (*const states[])[8], const uint8_t *const block
         fcas_sha256_kernel_at(0)->compress(*states[i], blocks[i], nblocks);
 }
 
-/* n messages of which number i has (i * step) % 1000 blocks fewer than 2000; each ends in one block more. */
-static size_t hash_counted(size_t n, size_t step)
+/* The blocks of idle lanes count too: the slower ones are always eight. */
+static void count_beside(uint32_t (*const states[])[8], const uint8_t *const blocks[], size_t nblocks,
+                         uint32_t state_a[8], const uint8_t *a, uint32_t state_b[8], const uint8_t *b)
 {
-    static const fcas_sha256_kernel counting = {"counting", 0, count_one, count_two, 4, 4, count_four};
+    n_wide += 2 * FCAS_SHA256_PACE * nblocks;
+    n_beside += 2 * FCAS_SHA256_PACE * nblocks;
+    for (size_t i = 0; i < 2 * FCAS_SHA256_PACE; i++)
+        fcas_sha256_kernel_at(0)->compress(*states[i], blocks[i], nblocks);
+    fcas_sha256_kernel_at(0)->compress2(state_a, a, state_b, b, FCAS_SHA256_PACE * nblocks);
+}
+
+/* n messages of which number i has (i * step) % 1000 blocks fewer than 2000; each ends in one block more. */
+static size_t hash_counted(const fcas_sha256_kernel *kernel, size_t n, size_t step)
+{
     static uint8_t data[2000 * 64], digests[64 * 32];
     const uint8_t *messages[64];
     size_t lengths[64], n_blocks = 0;
@@ -173,22 +236,41 @@ static size_t hash_counted(size_t n, size_t step)
         lengths[i] = 64 * (2000 - i * step % 1000);
         n_blocks += lengths[i] / 64 + 1;
     }
-    n_alone = n_paired = n_wide = 0;
-    fcas_sha256_many(&counting, messages, lengths, n, digests);
-    CHECK(n_alone + n_paired + n_wide == n_blocks); /* no idle lane where all are needed to pay */
+    n_alone = n_paired = n_wide = n_beside = 0;
+    fcas_sha256_many(kernel, messages, lengths, n, digests);
     return n_blocks;
 }
 
 static void lanes_are_kept_busy(void)
 {
-    size_t n_blocks = hash_counted(64, 337);
+    static const fcas_sha256_kernel counting = {"counting", 0, count_one, count_two, 4, 4, count_four, NULL};
+    size_t n_blocks = hash_counted(&counting, 64, 337);
     CHECK(n_wide > n_blocks * 9 / 10);
-    CHECK(hash_counted(4, 0) == n_wide);
+    CHECK(n_alone + n_paired + n_wide == n_blocks); /* no idle lane where all are needed to pay */
+    CHECK(hash_counted(&counting, 4, 0) == n_wide);
     /* Three equal ones take turns in two streams: the last of them is not hashed alone from its start. */
-    (void)hash_counted(3, 0);
-    CHECK(n_wide == 0 && n_alone <= 65);
-    (void)hash_counted(1, 0);
+    n_blocks = hash_counted(&counting, 3, 0);
+    CHECK(n_alone + n_paired == n_blocks && n_wide == 0 && n_alone <= 65);
+    (void)hash_counted(&counting, 1, 0);
     CHECK(n_alone == 2001);
+}
+
+static void streams_beside_lanes_are_kept_busy(void)
+{
+    static const fcas_sha256_kernel counting = {"counting", 0, count_one, count_two, 2 * FCAS_SHA256_PACE, 6, NULL,
+                                                count_beside};
+    /* Sixteen equal ones end together: eight in the lanes while two streams do four each. */
+    size_t n_blocks = hash_counted(&counting, 16, 0);
+    CHECK(n_wide + n_beside < n_blocks + 64 && n_alone + n_paired < 64);
+    /* Ten take turns at the faster pace, so that no lane is idle until nearly all is done. */
+    n_blocks = hash_counted(&counting, 10, 0);
+    CHECK(n_wide + n_beside < n_blocks + n_blocks / 20 && n_alone + n_paired < n_blocks / 20);
+    /* Of any lengths, most blocks go through lanes that are of use. */
+    n_blocks = hash_counted(&counting, 64, 337);
+    CHECK(n_wide + n_beside < n_blocks + n_blocks / 10 && n_alone + n_paired < n_blocks / 10);
+    /* Too few for lanes. */
+    n_blocks = hash_counted(&counting, 5, 0);
+    CHECK(n_wide == 0 && n_alone + n_paired == n_blocks);
 }
 
 /* Each size at either end of the page, inputs and outputs apart; an even and an odd number of columns. */
@@ -268,6 +350,8 @@ int main(void)
     CHECK(fcas_gf256_plan_new(&plan, NULL, &one, 1, 256) == FCAS_E_ARG && plan == NULL);
     printf("ok");
     lanes_are_kept_busy();
+    streams_beside_lanes_are_kept_busy();
+    chunk_sizes_are_checked();
     for (size_t i = 0; fcas_sha256_kernel_at(i) != NULL; i++) {
         const fcas_sha256_kernel *k = fcas_sha256_kernel_at(i);
         const fcas_sha256_kernel *found;
@@ -275,7 +359,11 @@ int main(void)
             continue;
         CHECK(found == k && fcas_sha256_self_test(k) == FCAS_OK);
         sha256_within_bounds(k, truth);
-        chunks_within_bounds(k);
+        chunks_within_bounds(k, 128, 1000);
+        chunks_within_bounds(k, 448, ROOM);
+        chunks_within_bounds(k, 512, ROOM);
+        if (k->compress_beside != NULL)
+            beside_within_bounds(k, truth);
         printf(" %s", k->name);
     }
     for (size_t i = 0; fcas_gf256_kernel_at(i) != NULL; i++) {
