@@ -37,6 +37,7 @@ RTO_MAX_S = 0.6
 RPC_HARD_S = 1.0
 WRITE_HARD_S = 2.5
 OUTSTANDING_MAX = 8192
+TIMER_GRAIN_S = 0.001  # what is due within it is due now: event loops count milliseconds
 
 # --- lookups ---
 ALPHA = 4

@@ -35,7 +35,7 @@ _PORT = Field(int, 1, 65535)
 _TTL = Field(int, 1, 1 << 32)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Asker:
     """Who asks.
 

@@ -44,6 +44,7 @@ def _parse(ip: str) -> IPAddress | None:
         return None
 
 
+@lru_cache(maxsize=65_536)
 def is_loopback(ip: str) -> bool:
     """Whether a literal address is this host's loopback (127/8, ::1)."""
     address = _parse(ip)
