@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc fastcas -name '*.c' -o -name '*.h' -o -name '*.pyx'
 C_FILES := $(shell find csrc -name '*.c')
 C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
-.PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean parity-patterns
+.PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean parity-patterns dht-hostile
 
 build: $(STAMP)
 
@@ -47,6 +47,10 @@ kill-workers: build
 # Files that heal, end to end, with a 256 MiB file: offline and across three nodes
 heal: build
 	FASTCAS_HEAL_MIB=256 $(PY) -m pytest -q --timeout 900 tests/process/test_healing.py
+
+# A DHT node against 100,000 spoofed requests and 1,000,000 mutated datagrams; prints the rates
+dht-hostile: build
+	FASTCAS_DHT_HOSTILE=1 $(PY) -m pytest -q -s tests/faults/test_dht_hostile.py
 
 # Every pattern of losses of the codes in the test, on bytes; 100,000 of 32+8; and galois as a further oracle.
 parity-patterns: build

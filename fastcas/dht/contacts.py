@@ -82,7 +82,7 @@ class Contact(Node):  # type: ignore[misc]
         return hash((self.id, self.address))
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=8192)
 def parse_ip(packed: bytes) -> str | None:
     """Return the text of a packed address that one can send to, or None.
 
@@ -101,7 +101,7 @@ def parse_ip(packed: bytes) -> str | None:
     return None
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=8192)
 def pack_address(ip: str) -> bytes | None:
     """Return the 4 or 16 bytes of a literal address, or None for anything else."""
     try:
@@ -153,14 +153,14 @@ def pack_contacts(contacts: Iterable[Contact], to_ip: str) -> tuple[bytes, bytes
     return b"".join([p for p in told if len(p) == V4_SIZE]), b"".join([p for p in told if len(p) == V6_SIZE])
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=8192)
 def subnet_of(ip: str) -> bytes:
     """Return what counts as one owner: the /24 of an IPv4, the /64 of an IPv6 address."""
     packed = pack_address(ip) or b""
     return packed[:3] if len(packed) == 4 else packed[:8]
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=8192)
 def is_shared(ip: str) -> bool:
     """Whether many honest nodes may share the subnet: loopback and private addresses.
 

@@ -117,7 +117,7 @@ class SourceBuckets:
     def __init__(self, clock: Callable[[], float], is_local: Callable[[str], bool]) -> None:
         """`is_local` says which addresses many nodes share legitimately (loopback, own prefixes)."""
         self._clock = clock
-        self._owner_of = lru_cache(maxsize=SOURCES_MAX)(lambda ip: _owner(ip, is_local(ip)))
+        self._owner_of = lru_cache(maxsize=8192)(lambda ip: _owner(ip, is_local(ip)))
         self._sources: OrderedDict[tuple[bytes, int], _Source] = OrderedDict()
 
     def admit(self, ip: str, port: int) -> bool:
