@@ -59,6 +59,7 @@ TOKEN_ROTATE_S = 300.0
 
 # --- records held for others ---
 HINTS_MAX = 1_000_000
+PROVIDERS_MAX = 20_000  # announcers of hints; one costs about 500 bytes
 PROVIDERS_PER_KEY = 64
 PEERS_PER_REPLY = 16
 SUBNET_SHARE = 0.10  # of all hints may come from one /24 (/64)
