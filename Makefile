@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc fastcas -name '*.c' -o -name '*.h' -o -name '*.pyx'
 C_FILES := $(shell find csrc -name '*.c')
 C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
-.PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean parity-patterns dht-hostile
+.PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean parity-patterns dht-hostile dht-real bench-dht
 
 build: $(STAMP)
 
@@ -52,6 +52,10 @@ heal: build
 dht-hostile: build
 	FASTCAS_DHT_HOSTILE=1 $(PY) -m pytest -q -s tests/faults/test_dht_hostile.py
 
+# 4 processes of 100 DHT nodes each on 127.x.y.z:8468, and a lossy network; prints times and dropped datagrams
+dht-real: build
+	FASTCAS_DHT_REAL=1 $(PY) -m pytest -q -s tests/process/test_dht_real.py
+
 # Every pattern of losses of the codes in the test, on bytes; 100,000 of 32+8; and galois as a further oracle.
 parity-patterns: build
 	$(PY) -m pip install --quiet --disable-pip-version-check galois==0.4.11
@@ -63,7 +67,11 @@ bench: bench-tools
 	$(PY) -m bench.serve_more
 	$(PY) -m bench.slow_clients
 	$(PY) -m bench.kernels
+	$(PY) -m bench.dht
 	$(PY) -m pytest -q bench/table.py
+
+bench-dht: build
+	$(PY) -m bench.dht
 
 bench-kernels: bench-tools
 	$(PY) -m bench.kernels
