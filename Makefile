@@ -51,7 +51,7 @@ heal: build
 
 # A DHT node against 100,000 spoofed requests and 1,000,000 mutated datagrams; prints the rates
 dht-hostile: build
-	FASTCAS_DHT_HOSTILE=1 $(PY) -m pytest -q -s tests/faults/test_dht_hostile.py
+	FASTCAS_DHT_HOSTILE=1000000 $(PY) -m pytest -q -s tests/faults/test_dht_hostile.py
 
 # 4 processes of 100 DHT nodes each on 127.x.y.z:8468, and a lossy network; prints times and dropped datagrams
 dht-real: build
