@@ -10,6 +10,7 @@ C_FILES := $(shell find csrc -name '*.c')
 C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
 .PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean parity-patterns
+.PHONY: dht-hostile dht-real bench-dht
 
 build: $(STAMP)
 
@@ -48,6 +49,14 @@ kill-workers: build
 heal: build
 	FASTCAS_HEAL_MIB=256 $(PY) -m pytest -q --timeout 900 tests/process/test_healing.py
 
+# A DHT node against 100,000 spoofed requests and 1,000,000 mutated datagrams; prints the rates
+dht-hostile: build
+	FASTCAS_DHT_HOSTILE=1000000 $(PY) -m pytest -q -s tests/faults/test_dht_hostile.py
+
+# 4 processes of 100 DHT nodes each on 127.x.y.z:8468, and a lossy network; prints times and dropped datagrams
+dht-real: build
+	FASTCAS_DHT_REAL=1 $(PY) -m pytest -q -s tests/process/test_dht_real.py
+
 # Every pattern of losses of the codes in the test, on bytes; 100,000 of 32+8; and galois as a further oracle.
 parity-patterns: build
 	$(PY) -m pip install --quiet --disable-pip-version-check galois==0.4.11
@@ -59,7 +68,11 @@ bench: bench-tools
 	$(PY) -m bench.serve_more
 	$(PY) -m bench.slow_clients
 	$(PY) -m bench.kernels
+	$(PY) -m bench.dht
 	$(PY) -m pytest -q bench/table.py
+
+bench-dht: build
+	$(PY) -m bench.dht
 
 bench-kernels: bench-tools
 	$(PY) -m bench.kernels

@@ -37,6 +37,7 @@ RTO_MAX_S = 0.6
 RPC_HARD_S = 1.0
 WRITE_HARD_S = 2.5
 OUTSTANDING_MAX = 8192
+TIMER_GRAIN_S = 0.001  # what is due within it is due now: event loops count milliseconds
 
 # --- lookups ---
 ALPHA = 4
@@ -58,6 +59,7 @@ TOKEN_ROTATE_S = 300.0
 
 # --- records held for others ---
 HINTS_MAX = 1_000_000
+PROVIDERS_MAX = 20_000  # announcers of hints; one costs about 500 bytes
 PROVIDERS_PER_KEY = 64
 PEERS_PER_REPLY = 16
 SUBNET_SHARE = 0.10  # of all hints may come from one /24 (/64)

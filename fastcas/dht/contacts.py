@@ -53,11 +53,25 @@ class Contact(Node):  # type: ignore[misc]
 
     def __init__(self, node_id: bytes, ip: str, port: int) -> None:
         """Make a contact of values that were checked already."""
-        super().__init__(node_id, ip, port)
+        # All that `Node` does, and without its way over hexadecimal digits: replies bring 20 contacts each.
+        self.id = node_id
+        self.long_id = int.from_bytes(node_id)
+        self.ip = ip
+        self.port = port
+        self._packed = b""
         self.address: Address = (ip, port)
         self.last_seen = 0.0
         self.failures = 0
         self.is_verified = False
+
+    @property
+    def packed(self) -> bytes:
+        """Id, IP and port as they stand in lists: 26 or 38 bytes; nothing for an address that is not literal."""
+        if not self._packed:
+            packed_ip = pack_address(self.ip)
+            if packed_ip is not None:
+                self._packed = self.id + packed_ip + self.port.to_bytes(2)
+        return self._packed
 
     def __eq__(self, other: object) -> bool:
         """Same id at the same address."""
@@ -68,7 +82,7 @@ class Contact(Node):  # type: ignore[misc]
         return hash((self.id, self.address))
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=8192)
 def parse_ip(packed: bytes) -> str | None:
     """Return the text of a packed address that one can send to, or None.
 
@@ -87,7 +101,7 @@ def parse_ip(packed: bytes) -> str | None:
     return None
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=8192)
 def pack_address(ip: str) -> bytes | None:
     """Return the 4 or 16 bytes of a literal address, or None for anything else."""
     try:
@@ -135,23 +149,18 @@ def parse_contacts(nodes4: bytes, nodes6: bytes, *, giver_ip: str, own_id: bytes
 
 def pack_contacts(contacts: Iterable[Contact], to_ip: str) -> tuple[bytes, bytes]:
     """Return (IPv4 list, IPv6 list); loopback contacts are told only over loopback."""
-    lists: dict[int, list[bytes]] = {4: [], 16: []}
-    local = is_loopback(to_ip)
-    for contact in contacts:
-        packed = pack_address(contact.ip)
-        if packed is not None and (local or not is_loopback(contact.ip)):
-            lists[len(packed)].append(contact.id + packed + contact.port.to_bytes(2))
-    return b"".join(lists[4]), b"".join(lists[16])
+    told = [contact.packed for contact in contacts if not is_loopback(contact.ip) or is_loopback(to_ip)]
+    return b"".join([p for p in told if len(p) == V4_SIZE]), b"".join([p for p in told if len(p) == V6_SIZE])
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=8192)
 def subnet_of(ip: str) -> bytes:
     """Return what counts as one owner: the /24 of an IPv4, the /64 of an IPv6 address."""
     packed = pack_address(ip) or b""
     return packed[:3] if len(packed) == 4 else packed[:8]
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=8192)
 def is_shared(ip: str) -> bool:
     """Whether many honest nodes may share the subnet: loopback and private addresses.
 

@@ -10,6 +10,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from blake3 import blake3
 
@@ -26,10 +27,11 @@ from fastcas.dht.budgets import (
 )
 from fastcas.dht.contacts import pack_address, subnet_of
 
-__all__ = ["MAC_SIZE", "NetworkKey", "SourceBuckets", "TokenBucket", "TokenJar"]
+__all__ = ["MAC_SIZE", "TOKEN_SIZE", "NetworkKey", "SourceBuckets", "TokenBucket", "TokenJar"]
 
 TOKEN_SIZE = 8
 MAC_SIZE = 16
+TOKENS_KEPT = 8192  # made tokens that are remembered: about 1.5 MB at most
 
 
 class TokenJar:
@@ -45,21 +47,26 @@ class TokenJar:
         self._current = secrets.token_bytes(32)
         self._previous = secrets.token_bytes(32)
         self._since = clock()
+        self._made: dict[tuple[str, int, bytes], bytes] = {}
 
     def token(self, ip: str, port: int, node_id: bytes) -> bytes:
         """Return the 8-byte token for a source."""
         self._rotate()
-        return self._make(self._current, ip, port, node_id)
+        source = (ip, port, node_id)
+        made = self._made.get(source)
+        if made is None:
+            if len(self._made) >= TOKENS_KEPT:
+                self._made.clear()
+            made = self._made[source] = self._make(self._current, ip, port, node_id)
+        return made
 
     def holds(self, token: bytes, ip: str, port: int, node_id: bytes) -> bool:
         """Whether a token was made for this source within the last two periods."""
         if len(token) != TOKEN_SIZE:
             return False
-        self._rotate()
-        return any(
-            hmac.compare_digest(token, self._make(secret, ip, port, node_id))
-            for secret in (self._current, self._previous)
-        )
+        if hmac.compare_digest(token, self.token(ip, port, node_id)):
+            return True
+        return hmac.compare_digest(token, self._make(self._previous, ip, port, node_id))
 
     def _make(self, secret: bytes, ip: str, port: int, node_id: bytes) -> bytes:
         packed = pack_address(ip) or b""
@@ -72,6 +79,7 @@ class TokenJar:
         self._previous = self._current if age_s < 2 * TOKEN_ROTATE_S else secrets.token_bytes(32)
         self._current = secrets.token_bytes(32)
         self._since = self._clock()
+        self._made.clear()
 
 
 class TokenBucket:
@@ -109,14 +117,15 @@ class SourceBuckets:
     def __init__(self, clock: Callable[[], float], is_local: Callable[[str], bool]) -> None:
         """`is_local` says which addresses many nodes share legitimately (loopback, own prefixes)."""
         self._clock = clock
-        self._is_local = is_local
+        self._owner_of = lru_cache(maxsize=8192)(lambda ip: _owner(ip, is_local(ip)))
         self._sources: OrderedDict[tuple[bytes, int], _Source] = OrderedDict()
 
     def admit(self, ip: str, port: int) -> bool:
         """Count one request; False when it must be dropped unread."""
         now = self._clock()
-        local = self._is_local(ip)
-        source = self._source(ip, port, local, now)
+        owner = self._owner_of(ip)
+        local = owner[1]
+        source = self._source(owner, port, now)
         if source.banned_until > now:
             return False
         if local:
@@ -139,14 +148,14 @@ class SourceBuckets:
     def prove(self, ip: str, port: int) -> None:
         """Raise a source's limits: it has shown a valid token."""
         now = self._clock()
-        source = self._source(ip, port, self._is_local(ip), now)
+        source = self._source(self._owner_of(ip), port, now)
         if source.proven_until <= now:
             source.level = max(source.level, BURST_PROVEN)
         source.proven_until = now + 2 * TOKEN_ROTATE_S
 
-    def _source(self, ip: str, port: int, local: bool, now: float) -> _Source:
-        packed = pack_address(ip) or b""
-        key = (packed, port) if local else (packed if len(packed) == 4 else subnet_of(ip), 0)
+    def _source(self, owner: tuple[bytes, bool], port: int, now: float) -> _Source:
+        name, local = owner
+        key = (name, port if local else 0)
         source = self._sources.get(key)
         if source is None:
             source = self._sources[key] = _Source(BURST_LOCAL if local else BURST_UNPROVEN, now)
@@ -155,6 +164,12 @@ class SourceBuckets:
         else:
             self._sources.move_to_end(key)
         return source
+
+
+def _owner(ip: str, local: bool) -> tuple[bytes, bool]:
+    """Return what shares a rate limit (an address, a /64; beside its port if it is local), and if it is local."""
+    packed = pack_address(ip) or b""
+    return (packed if local or len(packed) == 4 else subnet_of(ip)), local
 
 
 class NetworkKey:

@@ -35,7 +35,7 @@ _PORT = Field(int, 1, 65535)
 _TTL = Field(int, 1, 1 << 32)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Asker:
     """Who asks.
 
@@ -82,10 +82,10 @@ class Handlers:
         entry = _HANDLERS.get(name)
         if entry is None or not check(args, entry[1]):
             return None
-        handler, _, is_write = entry
+        handler, fields, is_write = entry
         if is_write and not asker.is_proven:
             return BAD_TOKEN, []
-        return handler(self, asker, args)
+        return handler(self, asker, args[: len(fields)])  # what follows is padding, or newer than we
 
     # --- reading ---
 

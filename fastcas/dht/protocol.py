@@ -1,9 +1,9 @@
 """The datagram protocol: `kademlia`'s, with every path from the wire replaced.
 
-Owns message ids, retransmission, round-trip estimates and tokens of requests that we sent; admission, decoding and
-dispatch of requests that we got; the challenge that a contact must sign before it enters the table. Synchronous:
-no task per datagram, and nothing that a datagram says can raise out of `datagram_received`. Nothing is ever sent to
-an address that has not asked us, that we were not told to contact, or that did not show a token.
+Owns admission, decoding and dispatch of what we get, and the challenge that a contact must sign before it enters the
+table; requests of ours are in `fastcas.dht.calls`. Synchronous: no task per datagram, and nothing that a datagram
+says can raise out of `datagram_received`. Nothing is ever sent to an address that has not asked us, that we were not
+told to contact, or that did not show a token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import logging
 import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from kademlia.protocol import KademliaProtocol
@@ -25,19 +24,15 @@ from fastcas.dht.budgets import (
     DATAGRAM_MAX,
     DATAGRAM_MIN,
     FLAG_READ_ONLY,
-    OUTSTANDING_MAX,
     PAD_TO,
     RPC_HARD_S,
-    RTO_FIRST_S,
-    RTO_MAX_S,
-    RTO_MIN_S,
     SIGNATURES_PER_S,
     SOURCES_MAX,
-    TOKEN_ROTATE_S,
     WIRE_VERSION,
 )
-from fastcas.dht.contacts import Address, Contact, pack_address, parse_contact
-from fastcas.dht.guard import MAC_SIZE, NetworkKey, SourceBuckets, TokenBucket, TokenJar
+from fastcas.dht.calls import Calls, Reply
+from fastcas.dht.contacts import Address, Contact, pack_address, parse_ip
+from fastcas.dht.guard import MAC_SIZE, TOKEN_SIZE, NetworkKey, SourceBuckets, TokenBucket, TokenJar
 from fastcas.dht.handlers import Asker, Handlers
 from fastcas.dht.identity import Identity, challenge_text, id_of, verify
 from fastcas.dht.provided import Provided
@@ -49,64 +44,10 @@ __all__ = ["FcProtocol", "Reply"]
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer to a request of ours.
-
-    Attributes:
-        status: 0 is good (`fastcas.dht.wire`).
-        observed: How the replier sees our address, 6 or 18 bytes; a claim.
-        elements: What follows the token; the caller checks shapes.
-    """
-
-    status: int
-    observed: bytes
-    elements: list[Any]
-
-
 NO_NETWORK = bytes(8)
 PADDED = frozenset(("fn", "gp", "gs", "gm"))
-_REQUEST_HEAD = (Field(int, 0, 255), Field(int, 0, 255), Field(bytes, 20, 20), Field(bytes, 0, 8))
 _REPLY_HEAD = (Field(int, 0, 255), Field(bytes, 0, 18), Field(bytes, 0, 8))
 _PONG = (Field(bytes, 20, 20), Field(bytes, 32, 32), Field(bytes, 64, 64))
-
-
-@dataclass(slots=True)
-class _Pending:
-    address: Address
-    contact: Contact | None
-    datagram: bytes
-    future: asyncio.Future[Reply | None]
-    sent_at: float
-    hard_at: float
-    rto_s: float
-    timer: asyncio.TimerHandle | None
-    on_slow: Callable[[], None] | None
-    n_sent: int = 1
-
-
-@dataclass(slots=True)
-class _Path:
-    """What we know of one address: smoothed round trip, its variation, and the token it gave us."""
-
-    srtt_s: float = 0.0
-    var_s: float = 0.0
-    token: bytes = b""
-    token_until: float = 0.0
-
-    @property
-    def rto_s(self) -> float:
-        if not self.srtt_s:
-            return RTO_FIRST_S
-        return min(max(self.srtt_s + 4.0 * self.var_s, RTO_MIN_S), RTO_MAX_S)
-
-    def sample(self, seconds: float) -> None:
-        if not self.srtt_s:
-            self.srtt_s, self.var_s = seconds, seconds / 2
-        else:
-            self.var_s += 0.25 * (abs(self.srtt_s - seconds) - self.var_s)
-            self.srtt_s += 0.125 * (seconds - self.srtt_s)
 
 
 class FcProtocol(KademliaProtocol):  # type: ignore[misc]
@@ -132,8 +73,7 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
         self.net_id = self._network.net_id if self._network else NO_NETWORK
         self._datagram_max = DATAGRAM_MAX - (MAC_SIZE if self._network else 0)
         self._transports: dict[int, asyncio.DatagramTransport] = {}
-        self._pending: dict[bytes, _Pending] = {}
-        self._paths: OrderedDict[Address, _Path] = OrderedDict()
+        self._calls = Calls(clock, self._send, lambda contact: self.router.note_failure(contact), self.counters)
         self._challenging: set[Address] = set()
         self._probing: set[Address] = set()
         self._failed_challenges: OrderedDict[Address, float] = OrderedDict()
@@ -222,21 +162,13 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
     # --- requests from others ---
 
     def _take_request(self, data: bytes, ip: str, port: int) -> None:
-        body = decode(data)
-        if (
-            body is None
-            or len(body) != 2
-            or not isinstance(body[0], str)
-            or not isinstance(body[1], list)
-            or not check(body[1], _REQUEST_HEAD)
-            or body[1][0] != WIRE_VERSION
-        ):
+        asked = _request_in(data)
+        if asked is None:
             self.counters["drop_malformed"] += 1
             return
-        name, (_, flags, node_id, token, *args) = body
+        name, flags, node_id, token, args = asked
         is_self = node_id == self.identity.node_id  # our own ping, sent to find out whether an address is ours
-        contact = parse_contact(node_id, pack_address(ip) or b"", port, giver_ip=ip, own_id=b"")
-        if contact is None or (is_self and name != "ping"):
+        if parse_ip(pack_address(ip) or b"") is None or (is_self and name != "ping"):
             self.counters["drop_source"] += 1
             return
         is_proven = self._tokens.holds(token, ip, port, node_id)
@@ -259,10 +191,10 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
         self._send(reply, (ip, port))
         if is_proven and not is_read_only and not is_self:
             known = self.router.get(node_id)
-            if known is not None and known.address == contact.address:
+            if known is not None and known.address == (ip, port):
                 self.router.note_answer(known, self._clock())
             else:
-                self.consider(contact)
+                self.consider(Contact(node_id, ip, port))
 
     # --- requests of ours ---
 
@@ -281,30 +213,15 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
         The same datagram is sent again after the address's retransmission time, `on_slow` is called then, once;
         after `hard_s` seconds the answer is None. `contact` gets the credit or the blame.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Reply | None] = loop.create_future()
-        if len(self._pending) >= OUTSTANDING_MAX:
-            self.counters["drop_outstanding"] += 1
-            future.set_result(None)
-            return future
-        now = self._clock()
-        path = self._path(address)
-        token = path.token if path.token_until > now else b""
+        token = self._calls.token_of(address)
         flags = FLAG_READ_ONLY if self.is_read_only else 0
-        message_id = secrets.token_bytes(20)
+        message_id = self._calls.new_id()
         call = [WIRE_VERSION, flags, self.identity.node_id, token, *args]
         datagram = encode(REQUEST, message_id, [name, call])
         if not token and name in PADDED and len(datagram) < PAD_TO:
             datagram = encode(REQUEST, message_id, [name, [*call, bytes(PAD_TO - len(datagram))]])
-        rto_s = min(path.rto_s, hard_s)
-        pending = _Pending(address, contact, datagram, future, now, now + hard_s, rto_s, None, on_slow)
-        pending.timer = loop.call_later(rto_s, self._tick, message_id)
-        self._pending[message_id] = pending
-        future.add_done_callback(lambda _: self._forget(message_id))
-        self.counters["requests"] += 1
         self.counters["rpc_" + name] += 1
-        self._send(datagram, address)
-        return future
+        return self._calls.start(message_id, datagram, address, contact, hard_s, on_slow)
 
     def ask(self, contact: Contact, name: str, args: list[Any], **options: Any) -> asyncio.Future[Reply | None]:
         """`request` to a contact, which gets the credit or the blame."""
@@ -324,80 +241,31 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
 
     def has_token(self, address: Address) -> bool:
         """Whether we hold a fresh token of an address."""
-        path = self._paths.get(address)
-        return path is not None and path.token_until > self._clock()
-
-    def _forget(self, message_id: bytes) -> None:
-        pending = self._pending.pop(message_id, None)
-        if pending is not None and pending.timer is not None:
-            pending.timer.cancel()
-
-    def _tick(self, message_id: bytes) -> None:
-        pending = self._pending.get(message_id)
-        if pending is None:
-            return
-        now = self._clock()
-        on_slow, pending.on_slow = pending.on_slow, None
-        if now >= pending.hard_at - 1e-6:
-            self.counters["timeouts"] += 1
-            self._forget(message_id)
-            if pending.contact is not None:
-                self.router.note_failure(pending.contact)
-            if not pending.future.done():
-                pending.future.set_result(None)
-        else:
-            pending.n_sent += 1
-            pending.rto_s = min(2.0 * pending.rto_s, max(pending.hard_at - now, 0.001))
-            if pending.hard_at - now - pending.rto_s < RTO_MIN_S / 2:
-                pending.rto_s = pending.hard_at - now
-            pending.timer = asyncio.get_running_loop().call_later(pending.rto_s, self._tick, message_id)
-            self.counters["retransmits"] += 1
-            self._send(pending.datagram, pending.address)
-        if on_slow is not None:
-            on_slow()
+        return bool(self._calls.token_of(address))
 
     def _take_reply(self, data: bytes, address: Address) -> None:
-        message_id = bytes(data[1:21])
-        pending = self._pending.get(message_id)
-        if pending is None or pending.address != address:
+        call = self._calls.find(data[1:21], address)
+        if call is None:
             self.counters["drop_unasked"] += 1
             return
         body = decode(data)
         if body is None or not check(body, _REPLY_HEAD):
             self.counters["drop_malformed"] += 1
             return
-        self._forget(message_id)
-        now = self._clock()
-        path = self._path(address)
-        if pending.n_sent == 1:
-            path.sample(max(now - pending.sent_at, 1e-6))
         status, observed, token, *elements = body
-        if len(token) == 8:
-            path.token = token
-            path.token_until = now + 0.9 * TOKEN_ROTATE_S
-        if pending.contact is not None:
-            self.router.note_answer(pending.contact, now)
-            self.consider(pending.contact)
-        if not pending.future.done():
-            pending.future.set_result(Reply(status, observed, elements))
+        now = self._calls.finish(call, Reply(status, observed, elements), token if len(token) == TOKEN_SIZE else b"")
+        if call.contact is not None:
+            self.router.note_answer(call.contact, now)
+            self.consider(call.contact)
 
-    def _path(self, address: Address) -> _Path:
-        path = self._paths.get(address)
-        if path is None:
-            path = self._paths[address] = _Path()
-            if len(self._paths) > SOURCES_MAX:
-                self._paths.popitem(last=False)
-        else:
-            self._paths.move_to_end(address)
-        return path
+    @property
+    def n_outstanding(self) -> int:
+        """Number of our requests that have no answer yet."""
+        return len(self._calls)
 
     def cancel_all(self) -> None:
         """Answer None to everything outstanding."""
-        for pending in list(self._pending.values()):
-            if not pending.future.done():
-                pending.future.set_result(None)
-        for message_id in list(self._pending):
-            self._forget(message_id)
+        self._calls.cancel_all()
 
     # --- who may enter the table ---
 
@@ -502,3 +370,19 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
             low, high = bucket.range
             ids.append((low + secrets.randbelow(high - low + 1)).to_bytes(20))
         return ids
+
+
+def _request_in(data: bytes) -> tuple[str, int, bytes, bytes, list[Any]] | None:
+    """Return (name, flags, node id, token, arguments) of a request, or None when its head is malformed."""
+    body = decode(data)
+    if body is None or len(body) != 2:
+        return None
+    name, call = body
+    if type(name) is not str or type(call) is not list or len(call) < 4:
+        return None
+    version, flags, node_id, token, *args = call
+    if type(version) is not int or type(flags) is not int or type(node_id) is not bytes or type(token) is not bytes:
+        return None
+    if version != WIRE_VERSION or not 0 <= flags <= 255 or len(node_id) != 20 or len(token) > TOKEN_SIZE:
+        return None
+    return name, flags, node_id, token, args

@@ -27,8 +27,7 @@ reply came from". `have` is thousandths, big-endian. Numbers in msgpack are unsi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -51,13 +50,14 @@ __all__ = [
 
 REQUEST = 0
 REPLY = 1
+KINDS = (b"\x00", b"\x01")
 HEAD = 21
 OK, BAD_TOKEN, FULL, MALFORMED = 0, 1, 2, 3
 DECODE_ERRORS = (ValueError, msgpack.UnpackException)
+_pack = msgpack.Packer(use_bin_type=True).pack  # one for all: each packer comes with a buffer of 256 KiB
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """What one element must be.
 
     Attributes:
@@ -76,27 +76,27 @@ def check(values: list[Any], fields: tuple[Field, ...]) -> bool:
     """Whether `values` begins with elements as described; elements beyond them are padding or newer."""
     if len(values) < len(fields):
         return False
-    for value, field in zip(values, fields, strict=False):
-        kind = type(value)
-        if kind is not field.kind:
+    for value, (kind, low, high, step) in zip(values, fields, strict=False):
+        found = type(value)
+        if found is not kind:
             return False
         measure: int = value if kind is int else len(value)
-        if not field.low <= measure <= field.high or (field.step > 1 and measure % field.step):
+        if not low <= measure <= high or (step > 1 and measure % step):
             return False
     return True
 
 
 def encode(kind: int, message_id: bytes, body: list[Any]) -> bytes:
     """Return a datagram without MAC."""
-    packed: bytes = msgpack.packb(body, use_bin_type=True)
-    return bytes((kind,)) + message_id + packed
+    packed: bytes = _pack(body)
+    return KINDS[kind] + message_id + packed
 
 
 def decode(datagram: bytes) -> list[Any] | None:
     """Return the array of a datagram without MAC, or None for anything malformed. Never raises."""
     try:
         body = msgpack.unpackb(
-            memoryview(datagram)[HEAD:],
+            datagram[HEAD:],
             raw=False,
             use_list=True,
             max_str_len=16,
@@ -112,4 +112,4 @@ def decode(datagram: bytes) -> list[Any] | None:
 
 def pack_observed(ip: str, port: int) -> bytes:
     """Return an address as it stands in replies: 6 or 18 bytes."""
-    return (pack_address(ip) or b"") + port.to_bytes(2)
+    return (pack_address(ip) or b"") + port.to_bytes(2, "big")

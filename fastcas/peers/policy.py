@@ -36,7 +36,7 @@ FIRST_PORT = 1024
 _MAX_ROUTES_B = 1 << 20
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=8192)
 def _parse(ip: str) -> IPAddress | None:
     try:
         return ipaddress.ip_address(ip)
@@ -44,6 +44,7 @@ def _parse(ip: str) -> IPAddress | None:
         return None
 
 
+@lru_cache(maxsize=8192)
 def is_loopback(ip: str) -> bool:
     """Whether a literal address is this host's loopback (127/8, ::1)."""
     address = _parse(ip)

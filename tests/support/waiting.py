@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,15 @@ def wait_until(condition: Callable[[], T], what: str, budget_s: float = 20.0) ->
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {budget_s} s: {what}"
         time.sleep(0.02)
+    return value
+
+
+async def until(condition: Callable[[], T], what: str, budget_s: float = 20.0) -> T:
+    """Do as `wait_until`, in an event loop."""
+    deadline = time.monotonic() + budget_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {budget_s} s: {what}"
+        await asyncio.sleep(0.02)
     return value
 
 

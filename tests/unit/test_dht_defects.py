@@ -427,7 +427,7 @@ def test_defect_22_replies_from_another_address_and_late_replies_are_dropped() -
             await asyncio.sleep(1)
             silent.send(address_of(node), encode(REPLY, silent.got[-1][1:21], [0, b"", b"", b"", b""]))
             await asyncio.sleep(1)
-            assert node.protocol._pending == {}
+            assert node.protocol.n_outstanding == 0
             assert node.protocol.counters["drop_unasked"] >= 2
 
     run(body)
