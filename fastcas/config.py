@@ -16,9 +16,10 @@ from fastcas.errors import ConfigError
 from fastcas.ids import PeerAddr, parse_peer, parse_rate
 from fastcas.limits import DATA_PORT, DHT_PORT, WORKERS_MAX
 
-__all__ = ["SEND_PATHS", "SETTINGS", "NodeConfig", "Setting", "default_storage", "storage_root"]
+__all__ = ["ANNOUNCE_POLICIES", "SEND_PATHS", "SETTINGS", "NodeConfig", "Setting", "default_storage", "storage_root"]
 
 SEND_PATHS = ("auto", "sendfile", "copy")
+ANNOUNCE_POLICIES = ("auto", "off", "rare", "all")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ SETTINGS = {
     "bootstrap": Setting("peers", "HOST:PORT", "a DHT node to join through (repeatable)"),
     "peer": Setting("peers", "HOST:PORT", "a node to ask for every file, without discovery (repeatable)"),
     "no_dht": Setting("flag", "", "run without discovery"),
+    "announce": Setting(
+        "choice", "|".join(ANNOUNCE_POLICIES),
+        "which chunks are announced one by one beside their files: rare are those registered by name only, auto is "
+        "all in networks of up to 10,000 nodes and rare in larger ones",
+    ),
+    "max_announce": Setting("rate", "RATE", "traffic that announcing chunks again may take, bytes per second"),
     "admin_port": Setting("port", "PORT", "HTTP status and metrics on 127.0.0.1 at this TCP port; 0 = off"),
     "max_upload": Setting("rate", "RATE", "limit of all uploads together, bytes per second"),
     "send_path": Setting("choice", "|".join(SEND_PATHS), "how chunks are sent"),
@@ -80,6 +87,8 @@ class NodeConfig:
     bootstrap: list[str] = field(default_factory=list)
     peer: list[str] = field(default_factory=list)
     no_dht: bool = False
+    announce: str = "auto"
+    max_announce: str = "20000"
     admin_port: int = 0
     max_upload: str = ""
     send_path: str = "auto"
@@ -102,6 +111,9 @@ class NodeConfig:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected 0..65535, got {value}")
         if self.send_path not in SEND_PATHS:
             raise ConfigError(f"--send-path: expected {', '.join(SEND_PATHS)}, got {self.send_path!r}")
+        if self.announce not in ANNOUNCE_POLICIES:
+            raise ConfigError(f"--announce: expected {', '.join(ANNOUNCE_POLICIES)}, got {self.announce!r}")
+        self.max_announce_rate()
         if not self.host or len(self.host) > 255:
             raise ConfigError(f"--host: expected an address, got {self.host!r}")
         if len(self.node_id) > 64 or not all(c.isprintable() and not c.isspace() for c in self.node_id):
@@ -121,6 +133,10 @@ class NodeConfig:
     def max_upload_rate(self) -> int | None:
         """Return the upload limit in bytes per second, None = unlimited."""
         return parse_rate(self.max_upload, "--max-upload") if self.max_upload else None
+
+    def max_announce_rate(self) -> int:
+        """Return what announcing chunks again may cost, bytes per second."""
+        return parse_rate(self.max_announce, "--max-announce")
 
     def bootstrap_peers(self) -> list[PeerAddr]:
         """Return the DHT nodes to join through."""

@@ -308,7 +308,8 @@ class Supervisor:
              "port_required": config.dht_port_required, "data_port": self._port,
              "bootstrap": [[peer.ip, peer.port] for peer in config.bootstrap_peers()],
              "seed": self._identity["seed"], "state_path": os.path.join(config.storage_dir, "dht.state"),
-             "client": False, "network_key": None},
+             "client": False, "network_key": None, "announce": config.announce,
+             "announce_rate_Bps": config.max_announce_rate()},
             self._dht_ring_fds(),
         )  # fmt: skip
         self._dht_relay.replay(child)

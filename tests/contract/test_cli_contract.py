@@ -56,7 +56,7 @@ def test_commands_and_flags_are_those_of_the_contract() -> None:
     assert "--json" in flags(fastcas_command.commands["index"])
     assert flags(node_command) == {
         "--workers", "--host", "--port", "--dht-port", "--storage-dir", "--node-id", "--bootstrap", "--peer",
-        "--no-dht", "--admin-port", "--max-upload", "--send-path",
+        "--no-dht", "--announce", "--max-announce", "--admin-port", "--max-upload", "--send-path",
     }  # fmt: skip
 
 

@@ -169,12 +169,16 @@ def test_records_expire_after_a_silent_death_and_stay_while_the_publisher_lives(
         await nodes[2].announcer.announce_files([(FILE, 1000)])
         await nodes[1].announcer.announce_chunks(keys_of(FILE))
         net.kill([nodes[1]])
-        await asyncio.sleep(3 * 3600)
+        await nodes[2].announcer.announce_chunks(keys_of(bytes(32)))
+        await asyncio.sleep(2.1 * 3600)
         assert {peer.node_id for peer in await find_file(nodes[4])} == {nodes[2].identity.node_id}
         assert all(nodes[1].identity.node_id != c.id for node in nodes[2:] for c in node.protocol.router)
         assert await found_chunks(nodes[4].finder, FILE) == 1
-        await asyncio.sleep(22 * 3600)
+        await asyncio.sleep(0.3 * 3600)
         assert await found_chunks(nodes[4].finder, FILE) == 0
+        await asyncio.sleep(22 * 3600)
+        assert await found_chunks(nodes[4].finder, bytes(32)) == 1
+        assert {peer.node_id for peer in await find_file(nodes[4])} == {nodes[2].identity.node_id}
 
     run(body)
 
