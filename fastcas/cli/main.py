@@ -264,6 +264,8 @@ def peers_command(
         print_json(result)
     else:
         print_table([[f"{ip}:{port}", node_id or "-", source] for node_id, ip, port, source in result["peers"]])
+        if result["peers"] and result["dht"] is not None:
+            sys.stderr.write(f"DHT: {_dht_text(result['dht'])}\n")
     if not result["peers"]:
         raise NotFound(f"no peer has {link.file_hash.hex()}")
 
@@ -292,7 +294,7 @@ def _status_rows(status: dict[str, Any]) -> list[list[str]]:
             ["node", f"{status['node_id']} {status['label']}".rstrip()],
             ["supervisor", f"pid {status['pid']}, up {status['uptime_s']:.0f} s"],
             ["data", f"tcp://{data['host']}:{data['port']}" if data["port"] else "off"],
-            ["dht", f"udp port {dht['port']}, {dht['contacts']} contacts" if dht else "off"],
+            ["dht", f"udp port {dht['port']}, {_dht_text(dht)}" if dht else "off"],
         ]
         for worker in status["workers"]:
             counters = worker["counters"]
@@ -315,6 +317,20 @@ def _status_rows(status: dict[str, Any]) -> list[list[str]]:
         rate = bytes_text(item["rate_Bps"])
         rows.append(["download", f"{item['name']} {bytes_text(item['done'])} of {bytes_text(item['total'])}, {rate}/s"])
     return rows
+
+
+def _dht_text(dht: dict[str, Any]) -> str:
+    """Return what a DHT process says of itself: whom it knows, what it did, what it refused."""
+    parts = [f"{dht['contacts']} contact{'' if dht['contacts'] == 1 else 's'}"]
+    if "nodes_estimated" in dht:
+        parts[0] += f" of about {dht['nodes_estimated']} nodes"
+        hops = dht["lookup_hops"] / max(dht["lookups"], 1)
+        parts.append(f"{dht['lookups']} lookups of {hops:.1f} hops")
+        parts.append(f"announces {dht['announce']} chunks")
+    drops = [f"{count} {cause}" for cause, count in sorted(dht.get("drops", {}).items())]
+    if drops:
+        parts.append(f"dropped: {', '.join(drops)}")
+    return ", ".join(parts)
 
 
 @command.command("verify")

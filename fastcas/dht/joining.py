@@ -75,7 +75,8 @@ class Joining:
         self._answered: set[tuple[str, int]] = set()
         self._complained: set[tuple[str, int]] = set()
         self._lonely = asyncio.Event()
-        self._looking: asyncio.Task[None] | None = None
+        self._looking = asyncio.Lock()
+        self._n_looks = 0
         self.joined = asyncio.Event()
 
     def add_nodes(self, addrs: Iterable[tuple[str, int]]) -> None:
@@ -134,10 +135,16 @@ class Joining:
             former = [] if len(router) >= ALPHA else [a for a in self._former if router.at(a) is None][-FORMER_ASKED:]
 
     async def look_around(self) -> None:
-        """Look up our own id, and in a larger network random ids far away; once at a time, however many ask."""
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.get_running_loop().create_task(self._look_around())
-        await asyncio.shield(self._looking)
+        """Look up our own id, and in a larger network random ids far away.
+
+        One at a time; who asks meanwhile gets one that began later, and so with what became known meanwhile, but
+        all of them together no more than one.
+        """
+        begun = self._n_looks
+        async with self._looking:
+            if self._n_looks == begun:
+                self._n_looks += 1
+                await self._look_around()
 
     async def _look_around(self) -> None:
         own = self._protocol.source_node.long_id

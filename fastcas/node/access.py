@@ -207,7 +207,8 @@ async def _peers(args: dict[str, Any]) -> dict[str, Any]:
         if dht is not None:
             backends.append(dht)
         found = CompositeDiscovery(backends).find_file_peers(link.file_hash, PEERS_WANT, deadline_s)
-        return {"peers": [[hint.node_id, hint.ip, hint.port, hint.source] async for hint in found]}
+        peers = [[hint.node_id, hint.ip, hint.port, hint.source] async for hint in found]
+        return {"peers": peers, "dht": await dht.stats() if dht is not None else None}
 
 
 async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgress | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import sys
 import time
 from collections.abc import Coroutine, Sequence
@@ -22,7 +23,7 @@ import msgpack
 
 from fastcas import hashing, parity
 from fastcas.config import NodeConfig
-from fastcas.errors import FastCASError, LocalProtocolError
+from fastcas.errors import FastCASError, LocalProtocolError, PermissionDenied, StoreError
 from fastcas.ids import PeerAddr
 from fastcas.limits import HEARTBEAT_S
 from fastcas.node import wire
@@ -182,7 +183,7 @@ class Agent:
         finally:
             os.close(lock_fd)
         self._stack.push_async_callback(self.thread.run, self.store.close)
-        seed = await self.thread.run(self.store.identity)
+        seed = await self._identity()
         self.node_id = Identity(seed).node_id.hex()
         self._channel.send({"op": "identity", "seed": seed, "node_id": self.node_id})
 
@@ -230,6 +231,17 @@ class Agent:
         self._stats = await self.thread.run(self.store.stats)
         self._channel.send({"op": "ready", "chunks": self._stats["chunks"]})
         log.info("agent ready node=%s chunks=%d", self.node_id, self._stats["chunks"])
+
+    async def _identity(self) -> bytes:
+        """Return the seed of this node's key; a new one, which is not kept, where the key file cannot be used.
+
+        Serving needs no lasting identity, and a key that others could read is not one.
+        """
+        try:
+            return await self.thread.run(self.store.identity)
+        except (PermissionDenied, StoreError) as error:
+            log.error("%s; not used: this node has a new identity until it ends; mend or remove that file", error)
+            return secrets.token_bytes(32)
 
     def _beat(self) -> None:
         self.counters.set(self.slot, "heartbeat_ns", time.monotonic_ns())

@@ -237,6 +237,7 @@ def test_admin_port_gives_status_and_metrics(tmp_path: Path) -> None:
         assert samples["fastcas_worker_shortfalls_total", "0"] == 0
         assert samples["fastcas_worker_heartbeat_age_seconds", "0"] >= 0
         assert fetch(admin, "/elsewhere")[0] == 404
+        assert not any(name.startswith("fastcas_dht") for name, *_ in samples)
 
 
 def test_rm_and_gc_on_a_running_node_take_the_file_away(tmp_path: Path) -> None:
