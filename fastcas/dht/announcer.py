@@ -226,11 +226,17 @@ class Announcer:
             await self.leave()
             return
         keys = [swarm_key(file_hash) for file_hash in files]
-        for key in keys:
+        for key, file_hash in zip(keys, files, strict=True):
             self._provided.files.pop(key, None)
+            self._provided.metadata.pop(metadata_key(file_hash), None)
+            self._names.pop(metadata_key(file_hash), None)
         holders = self._files.book.current(LEAVE_ASKS_MAX)
         for start in range(0, len(keys), FILES_PER_ANNOUNCE):
             await self._tell(holders, [1, b"".join(keys[start : start + FILES_PER_ANNOUNCE])])
+
+    def withdraw_chunks(self, keys: U64) -> None:
+        """Announce chunks that were registered by name no more; what is announced of them expires."""
+        self._provided.extra = np.setdiff1d(self._provided.extra, keys, assume_unique=True)
 
     async def leave(self) -> None:
         """Tell all who hold a record of ours that it is void; at most about a second. Nothing is left to resume."""

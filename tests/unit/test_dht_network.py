@@ -10,7 +10,7 @@ import pytest
 from fastcas.dht.finder import Finder
 from fastcas.dht.lookup import Lookup
 from fastcas.dht.peerlist import Peer
-from fastcas.dht.provided import keys_of
+from fastcas.dht.provided import keys_of, metadata_key
 from fastcas.dht.server import FcServer
 from tests.support.virtual_net import DATA_PORT, VirtualNet, address_of, run, true_nearest
 
@@ -154,8 +154,12 @@ def test_withdrawing_one_file_leaves_the_others() -> None:
         nodes = await net.grow(4)
         other = bytes(32)
         await nodes[1].announcer.announce_files([(FILE, 1000), (other, 1000)])
+        for file_hash in (FILE, other):
+            await nodes[1].announcer.put_metadata(file_hash, "name", 1, FILE)
         await nodes[1].announcer.withdraw([FILE])
         assert await find_file(nodes[3]) == set()
+        assert list(nodes[1].protocol.provided.metadata) == [metadata_key(other)]
+        assert list(nodes[1].announcer._names) == [metadata_key(other)]
         assert len(await find_file(nodes[3], other)) == 1
 
     run(body)
