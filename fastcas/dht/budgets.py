@@ -100,6 +100,7 @@ HOLDERS_ASKED = 3  # distinct holders whose answers are merged before a key coun
 REANNOUNCE_PAUSE_S = 1.0  # between two announcements of everything because the network grew
 
 # --- joining and leaving ---
+BOOTSTRAP_NODES_MAX = 256  # from the command line and from links, kept to be asked again
 BOOTSTRAP_ROUNDS = 3
 FAR_LOOKUPS = 8  # random ids beside the own one, so that every bucket gets contacts
 REJOIN_FIRST_S = 0.5

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 from fastcas.dht.budgets import (
     ALPHA,
+    BOOTSTRAP_NODES_MAX,
     BOOTSTRAP_ROUNDS,
     FAR_LOOKUPS,
     FORMER_ASKED,
@@ -80,8 +81,10 @@ class Joining:
         self.joined = asyncio.Event()
 
     def add_nodes(self, addrs: Iterable[tuple[str, int]]) -> None:
-        """Also join through these nodes: host names or addresses, UDP ports."""
-        self._nodes.update(dict.fromkeys(addrs))
+        """Also join through these nodes: host names or addresses, UDP ports. Of too many the first ones are kept."""
+        for addr in addrs:
+            if len(self._nodes) < BOOTSTRAP_NODES_MAX:
+                self._nodes[addr] = None
 
     def add_former(self, addresses: Iterable[Address]) -> None:
         """Remember contacts, the latest last, to be asked when all others are lost."""

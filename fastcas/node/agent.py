@@ -253,10 +253,25 @@ class Agent:
         """Our TCP port, None while nothing is served."""
         return self.state["port"] or None
 
-    def advertised(self) -> tuple[PeerAddr, ...]:
-        """The addresses to put into links: ours, if it is more than a wildcard."""
-        host, port = reachable_host(self.state["host"]), self.data_port()
-        return (PeerAddr(host, port),) if host is not None and port else ()
+    def advertised(self) -> tuple[tuple[PeerAddr, ...], tuple[PeerAddr, ...]]:
+        """The addresses to put into links, data port and DHT: ours, if they are more than a wildcard."""
+        host, port, dht_port = reachable_host(self.state["host"]), self.data_port(), self.state["dht_port"]
+        if host is None or not port:
+            return (), ()
+        return (PeerAddr(host, port),), (PeerAddr(host, dht_port),) if dht_port else ()
+
+    def join_through(self, peers: Sequence[PeerAddr]) -> None:
+        """Have the DHT process join through nodes that a link names; nobody waits for it."""
+        if self._dht is not None and peers:
+            self._spawn(self._join_through(self._dht, [(peer.ip, peer.port) for peer in peers]))
+
+    async def _join_through(self, dht: RingDiscovery, peers: list[tuple[str, int]]) -> None:
+        try:
+            contacts = await dht.bootstrap(peers)
+        except FastCASError as error:
+            log.info("could not join through a link's DHT nodes error=%s", error)
+        else:
+            log.debug("joined through a link's DHT nodes contacts=%d", contacts)
 
     def discovery(self) -> Discovery:
         """Where to ask for peers: the DHT, if there is one, and the nodes that were named."""

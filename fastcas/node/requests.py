@@ -193,6 +193,7 @@ class RequestHandler:
             if self._agent.dht is None:
                 raise UsageError("--bootstrap: this storage folder's node runs without a DHT")
             await self._agent.dht.bootstrap([(peer.ip, peer.port) for peer in bootstrap])
+        self._agent.join_through(link.dht)
         folder = Path(os.fsdecode(args["folder"]))
         out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
         if not (out or folder).is_absolute():

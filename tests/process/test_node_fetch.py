@@ -76,6 +76,25 @@ def test_bare_hash_is_found_through_the_dht_and_fetched_from_all(tmp_path: Path)
         assert set(result["bytes_by_peer"]) <= {node.peer for node in nodes}  # type: ignore[call-overload]
 
 
+def test_link_brings_a_node_into_the_dht_and_finds_peers_there(tmp_path: Path) -> None:
+    source = tmp_path / "source.bin"
+    file_hash = write_random(source, MIB)
+    with start_node(tmp_path / "a", dht=True) as first, start_node(tmp_path / "b", dht=True) as second:
+        link = str(store(first, source)["link"])
+        assert link.endswith(f"&peer={first.peer}&dht=127.0.0.1:{first.dht_port}")
+        get(link, "-o", str(tmp_path / "out.bin"), "--storage-dir", str(second.storage))
+
+        def contacts() -> object:
+            done = run_fastcas("status", "--json", "--storage-dir", str(second.storage))
+            return json.loads(done.stdout)["dht"]["nodes"]
+
+        wait_until(lambda: contacts() == [[first.node_id, "127.0.0.1", first.dht_port]], "it has joined")
+        without_peer = f"fastcas://{file_hash}?dht=127.0.0.1:{first.dht_port}"
+        result = get(without_peer, "-o", str(tmp_path / "again.bin"), "--storage-dir", str(tmp_path / "no"))
+        assert set(result["bytes_by_peer"]) <= {first.peer, second.peer}  # type: ignore[call-overload]
+        assert (tmp_path / "again.bin").read_bytes() == source.read_bytes()
+
+
 def test_node_that_fetched_a_file_serves_it_from_its_place(tmp_path: Path) -> None:
     source = tmp_path / "source.bin"
     file_hash = write_random(source, 5 * MIB)
