@@ -15,6 +15,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fastcas.config import read_network_key
 from fastcas.errors import FastCASError, NetworkError, NodeUnavailable, NoPeers, StoreLocked, StoreNotFound
 from fastcas.ids import Link, PeerAddr, parse_peer, parse_ref, short
 from fastcas.limits import FETCH_TIMEOUT_S
@@ -165,7 +166,8 @@ async def _dht_client(args: dict[str, Any], link: Link, *, is_needed: bool) -> A
         yield None
         return
     timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
-    dht = DhtProcess([(peer.ip, peer.port) for peer in bootstrap])
+    key = read_network_key(str(args["network_key"])) if args.get("network_key") else None
+    dht = DhtProcess([(peer.ip, peer.port) for peer in bootstrap], network_key=key)
     try:
         try:
             async with asyncio.timeout(timeout_s):

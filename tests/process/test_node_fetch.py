@@ -95,6 +95,20 @@ def test_link_brings_a_node_into_the_dht_and_finds_peers_there(tmp_path: Path) -
         assert (tmp_path / "again.bin").read_bytes() == source.read_bytes()
 
 
+def test_network_key_makes_a_network_of_its_own(tmp_path: Path) -> None:
+    source, key = tmp_path / "source.bin", tmp_path / "key"
+    file_hash = write_random(source, 100_000)
+    key.write_bytes(b"sixteen or more bytes")
+    with start_node(tmp_path / "a", "--network-key", str(key), dht=True) as node:
+        store(node, source)
+        where = ["--bootstrap", f"127.0.0.1:{node.dht_port}", "--storage-dir", str(tmp_path / "no")]
+        done = run_fastcas("get", file_hash, "-o", str(tmp_path / "out.bin"), "--timeout", "2", *where)
+        assert done.returncode == 6
+        assert "DHT bootstrap failed" in done.stderr
+        get(file_hash, "-o", str(tmp_path / "out.bin"), "--network-key", str(key), *where)
+    assert (tmp_path / "out.bin").read_bytes() == source.read_bytes()
+
+
 def test_node_that_fetched_a_file_serves_it_from_its_place(tmp_path: Path) -> None:
     source = tmp_path / "source.bin"
     file_hash = write_random(source, 5 * MIB)

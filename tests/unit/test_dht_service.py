@@ -146,6 +146,8 @@ def test_alone_node_answers_everything_at_once_through_the_ring_backend() -> Non
             assert server.protocol.own_addresses == {("127.0.0.1", server.port)}
             await ring.withdraw([HASH])
             assert (await ring.stats())["files_offered"] == 0
+            await ring.withdraw(chunks=[HASH])
+            assert (await ring.stats())["chunks_offered"] == 1
             await ring.withdraw(everything=True)
             assert (await ring.stats())["chunks_offered"] == 0
             await ring.close()
