@@ -148,10 +148,9 @@ class Sweep:
                 group.create_task(walker())
         return len(positions)
 
-    async def _region(self, positions: npt.NDArray[np.intp], found: list[Contact]) -> None:
-        """Store the records at `positions` with the nearest of the nodes `found` there."""
-        self._met.update(found)
-        nodes = [node for node in found if not self._book.is_waiting(node)]
+    async def _region(self, positions: npt.NDArray[np.intp], nodes: list[Contact]) -> None:
+        """Store the records at `positions` with the nearest of the `nodes` found there."""
+        self._met.update(nodes)
         me = len(nodes)
         ids = [id_key(node.id) for node in nodes]
         if self._counts_self:
