@@ -62,6 +62,7 @@ def test_dead_bootstrap_node_is_one_line_until_it_answers(caplog: pytest.LogCapt
     assert caplog.text.count("bootstrap node 10.0.0.1:8468 does not answer") == 1
 
 
+@pytest.mark.slow
 def test_all_saved_contacts_are_asked_at_once(tmp_path: Path) -> None:
     async def body(net: VirtualNet) -> None:
         nodes = await net.grow(30)
@@ -75,6 +76,7 @@ def test_all_saved_contacts_are_asked_at_once(tmp_path: Path) -> None:
     run(body)
 
 
+@pytest.mark.slow
 def test_nine_tenths_of_the_table_are_on_disk_soon_after_every_change(tmp_path: Path) -> None:
     async def body(net: VirtualNet) -> None:
         nodes = await net.grow(10)

@@ -116,6 +116,7 @@ def test_a_holder_that_refuses_is_left_alone_twice_as_long_each_time() -> None:
     assert book.current(0) == []
 
 
+@pytest.mark.slow
 def test_records_of_a_full_holder_go_to_the_next_nearest_and_it_is_not_asked_until_it_wants() -> None:
     async def body(net: VirtualNet) -> None:
         nodes = await net.grow(14)
@@ -149,9 +150,9 @@ def test_records_of_a_full_holder_go_to_the_next_nearest_and_it_is_not_asked_unt
 @pytest.mark.slow
 def test_after_the_first_announcement_the_traffic_is_spread_and_keeps_to_the_budget() -> None:
     async def body(net: VirtualNet) -> None:
-        nodes = await net.grow(9)
+        nodes = await net.grow(5)
         keys = some_keys(20_000)
-        rate_Bps = 8 * len(keys) * 8 / (1.3 * 3600)  # without what is around the keys
+        rate_Bps = 5 * len(keys) * 8 / (1.3 * 3600)  # without what is around the keys
         publisher = await net.node(999, announce_rate_Bps=rate_Bps)
         publisher.start([address_of(nodes[0])])
         publisher.announcer.set_snapshot(keys)
@@ -161,20 +162,19 @@ def test_after_the_first_announcement_the_traffic_is_spread_and_keeps_to_the_bud
         assert 1.2 * 3600 < cycle_s < 1.6 * 3600
         with traffic(net) as idle:
             await asyncio.sleep(60)
-        assert idle.ap_keys < 2 * 8 * len(keys) / 64
+        assert idle.ap_keys < 2 * 5 * len(keys) / 64
         per_ten_minutes = []
-        for _ in range(9):
+        for _ in range(8):
             with traffic(net) as seen:
                 await asyncio.sleep(600)
             per_ten_minutes.append(seen.ap_keys)
         # Each slice has a lookup of its own, so a key costs more than it did in the first sweep, and all takes longer.
         longer_s = publisher.announcer._cycle.cycle_s(len(keys))
         assert cycle_s <= longer_s <= 1.5 * cycle_s
-        expected = 7.2 * len(keys) * 600 / longer_s  # one copy in ten is with the publisher itself
+        expected = 5 * len(keys) * 600 / longer_s
         assert np.mean(per_ten_minutes) == pytest.approx(expected, rel=0.15)
         assert max(per_ten_minutes) <= 1.4 * expected
         assert min(per_ten_minutes) >= 0.6 * expected
-        await asyncio.sleep(3600)
         assert placed_share([*nodes, publisher], publisher, keys) >= 0.99
 
     run(body)
@@ -217,13 +217,14 @@ def test_a_killed_node_that_comes_back_announces_nothing_that_its_holders_still_
     run(body)
 
 
+@pytest.mark.slow
 def test_joining_a_network_announces_once_and_not_each_time_the_table_grows() -> None:
     async def body(net: VirtualNet) -> None:
-        nodes = await net.grow(40)
+        nodes = await net.grow(25)
         node = await net.node(999)
         node.announcer.set_snapshot(some_keys(5000))
         node.start([address_of(nodes[0])])
-        await asyncio.sleep(60)
+        await asyncio.sleep(30)
         sent = node.protocol.counters["rpc_ap"]
         assert placed_share([*nodes, node], node, some_keys(5000)) >= 0.99
         copies = 8 * 5000 / 130
@@ -246,6 +247,7 @@ def test_everything_is_withdrawn_on_a_clean_exit_however_long_ago_it_was_announc
     run(body)
 
 
+@pytest.mark.slow
 def test_withdrawing_is_told_to_current_holders_only() -> None:
     async def body(net: VirtualNet) -> None:
         nodes = await net.grow(6)
@@ -259,6 +261,7 @@ def test_withdrawing_is_told_to_current_holders_only() -> None:
     run(body)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "by_snapshot", "by_name"), [("off", 0, 0), ("rare", 0, 8), ("all", 8, 8)])
 def test_policy_decides_which_chunks_are_announced(policy: str, by_snapshot: int, by_name: int) -> None:
     async def body(net: VirtualNet) -> None:
