@@ -431,6 +431,7 @@ class Agent:
             self._dht = RingDiscovery(requests, answers)
         else:
             self._dht.replace_rings(requests, answers)
+        self.announcer.repeat()
         self._spawn(self.announce_everything())
 
     async def _close_dht(self) -> None:

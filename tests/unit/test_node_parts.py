@@ -386,6 +386,26 @@ def test_announcer_says_everything_once_and_withdraws_at_the_end() -> None:
     asyncio.run(main())
 
 
+def test_announcer_tells_a_new_dht_process_everything_again_but_what_is_gone() -> None:
+    async def main() -> None:
+        me = PeerHint(ME, "127.0.0.1", 9000, "memory")
+        networks = [MemoryNetwork(), MemoryNetwork()]
+        discovery = MemoryDiscovery(networks[0], me)
+        announcer = Announcer(lambda: discovery)
+        announcer.start()
+        announcer.announce([Announcement(FILE, b"m" * 32, "", 5, 1), Announcement(b"p" * 32, b"q" * 32, "", 5)])
+        assert await announcer.wait_idle(10)
+        announcer.withdraw(b"p" * 32)
+        assert await announcer.wait_idle(10)
+        discovery = MemoryDiscovery(networks[1], me)
+        announcer.repeat()
+        assert await announcer.wait_idle(10)
+        assert networks[1].files == {FILE: {me: 1}}
+        await announcer.close()
+
+    asyncio.run(main())
+
+
 def test_announcer_without_discovery_is_idle() -> None:
     async def main() -> None:
         announcer = Announcer(lambda: None)
