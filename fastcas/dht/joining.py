@@ -150,17 +150,17 @@ class Joining:
                 await self._look_around()
 
     async def _look_around(self) -> None:
-        own = self._protocol.source_node.long_id
-        await Lookup(self._protocol, own).run()
+        await Lookup(self._protocol, self._protocol.source_node.long_id).run()
         if len(self._protocol.router) >= KSIZE:
-            targets = []
-            for depth in range(FAR_LOOKUPS):
-                low_bits = 159 - depth
-                targets.append(((own >> low_bits) ^ 1) << low_bits | secrets.randbits(low_bits))
             async with asyncio.TaskGroup() as group:
-                for target in targets:
-                    group.create_task(Lookup(self._protocol, target).run())
+                for depth in range(FAR_LOOKUPS):
+                    group.create_task(Lookup(self._protocol, self.far_target(depth)).run())
         self.joined.set()
+
+    def far_target(self, depth: int) -> int:
+        """Return a random number that shares exactly `depth` leading bits with our id."""
+        low_bits = 159 - depth
+        return ((self._protocol.source_node.long_id >> low_bits) ^ 1) << low_bits | secrets.randbits(low_bits)
 
     async def _ask_node(self, addr: tuple[str, int]) -> bool:
         """Ask one bootstrap node; what is wrong with it is said once."""

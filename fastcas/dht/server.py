@@ -102,6 +102,7 @@ class FcServer(Server):  # type: ignore[misc]
         self._wall = wall
         self._tasks: set[asyncio.Task[Any]] = set()
         self._transports: dict[int, asyncio.DatagramTransport] = {}
+        self._far_turn = 0
         self._n_changes = 0
         self._save_wanted = asyncio.Event()
         self.is_closed = False
@@ -305,12 +306,18 @@ class FcServer(Server):  # type: ignore[misc]
         self._spawn(self._refresh_table())
 
     async def _refresh_table(self) -> None:
-        """Look around, and into the ranges where the table has nobody."""
+        """Look up our own id, one of the ranges far away in turn, and the ranges where the table has nobody.
+
+        All far ranges at once would cost more than all other upkeep; the pings of `_keep_fresh` see to them, too.
+        """
         if not len(self.protocol.router):
             return
-        await self.joining.look_around()
-        for node_id in self.protocol.get_refresh_ids()[:FAR_LOOKUPS]:
-            await Lookup(self.protocol, int.from_bytes(node_id)).run()
+        await Lookup(self.protocol, self.protocol.source_node.long_id).run()
+        self._far_turn = (self._far_turn + 1) % FAR_LOOKUPS
+        targets = [self.joining.far_target(self._far_turn)]
+        targets += [int.from_bytes(node_id) for node_id in self.protocol.get_refresh_ids()[:FAR_LOOKUPS]]
+        for target in targets:
+            await Lookup(self.protocol, target).run()
 
     async def _refresh_regularly(self) -> None:
         while True:
