@@ -159,8 +159,9 @@ class Joining:
 
     def far_target(self, depth: int) -> int:
         """Return a random number that shares exactly `depth` leading bits with our id."""
+        own: int = self._protocol.source_node.long_id
         low_bits = 159 - depth
-        return ((self._protocol.source_node.long_id >> low_bits) ^ 1) << low_bits | secrets.randbits(low_bits)
+        return ((own >> low_bits) ^ 1) << low_bits | secrets.randbits(low_bits)
 
     async def _ask_node(self, addr: tuple[str, int]) -> bool:
         """Ask one bootstrap node; what is wrong with it is said once."""
