@@ -61,10 +61,16 @@ def network(n: int) -> Iterator[list[tuple[str, int]]]:
         thread.join(20)
 
 
+def figures(node: Node) -> dict[str, Any]:
+    """What `status` says of a node's DHT process."""
+    with ControlClient(node.storage) as client:
+        result: dict[str, Any] = client.call("status", {})["dht"]
+    return result
+
+
 def table(node: Node) -> tuple[int | None, set[str]]:
     """The process id of a node's DHT process and the ids in its routing table."""
-    with ControlClient(node.storage) as client:
-        dht: dict[str, Any] = client.call("status", {})["dht"]
+    dht = figures(node)
     return dht["pid"], {node_id for node_id, _, _ in dht["nodes"]}
 
 
@@ -74,7 +80,7 @@ def kill_dht(node: Node) -> int:
     return victim
 
 
-def test_nine_tenths_of_the_table_are_back_soon_without_any_bootstrap_node(tmp_path: Path) -> None:
+def test_the_table_is_back_soon_without_bootstrap_nodes_and_chunks_are_not_announced_again(tmp_path: Path) -> None:
     with network(NETWORK) as addresses:
         where = f"127.0.0.1:{addresses[0][1]}"
         with start_node(tmp_path / "s", "--bootstrap", where, dht=True) as first:
@@ -85,6 +91,15 @@ def test_nine_tenths_of_the_table_are_back_soon_without_any_bootstrap_node(tmp_p
         # Without a bootstrap node, so that only saved contacts can bring it back.
         with start_node(tmp_path / "s", dht=True) as node:
             wait_until(lambda: len(table(node)[1]) >= SHARE * 40, "the node is back from saved contacts")
+            source = tmp_path / "source.bin"
+            source.write_bytes(random.Random(6).randbytes(MIB))
+            assert run_fastcas("store", str(source), "--storage-dir", str(node.storage)).returncode == 0
+
+            def is_announced() -> bool:
+                chunks = load_state(state).chunks
+                return figures(node).get("rpc_ap", 0) > 0 and chunks is not None and len(chunks.slices) > 0
+
+            wait_until(is_announced, "the chunks are announced, and that is saved")
             before = table(node)[1]
             start = time.monotonic()
             victim = kill_dht(node)
@@ -94,6 +109,9 @@ def test_nine_tenths_of_the_table_are_back_soon_without_any_bootstrap_node(tmp_p
                 budget_s=20,
             )
             print(f"\n{len(table(node)[1] & before)} of {len(before)} contacts after {time.monotonic() - start:.2f} s")
+            wait_until(lambda: figures(node).get("rpc_as", 0) > 0, "the file is announced again")
+            wait_until(lambda: figures(node).get("chunks_offered", 0) > 0, "the chunks are there")
+            assert "rpc_ap" not in figures(node)  # they are still known where they were
 
 
 def test_download_goes_on_while_both_sides_dht_processes_die(tmp_path: Path) -> None:
