@@ -123,7 +123,7 @@ class Joining:
             nodes = [a for a in self._nodes if size < KSIZE or a not in self._answered]
             if nodes or former:
                 await asyncio.gather(self._ask(former), *(self._ask_node(addr) for addr in nodes))
-            if 0 < size < KSIZE:
+            if 0 < size < KSIZE and pause_s < REJOIN_LAST_S:
                 await self.look_around()  # others may have joined through the same node at the same moment
             if not self._nodes and not self._former:
                 self.joined.set()
