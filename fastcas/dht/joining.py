@@ -11,7 +11,7 @@ import ipaddress
 import logging
 import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from fastcas.dht.budgets import (
     ALPHA,
@@ -64,13 +64,18 @@ async def resolve(addr: tuple[str, int]) -> list[Address]:
 class Joining:
     """One node's way into the network. `run` is its one task.
 
+    Args:
+        protocol: Sends for us.
+        count_nodes: Returns about how many nodes the network has.
+
     Attributes:
         joined: Set once somebody is known, or there is nobody to wait for.
     """
 
-    def __init__(self, protocol: FcProtocol) -> None:
+    def __init__(self, protocol: FcProtocol, count_nodes: Callable[[], int]) -> None:
         """Know nobody yet."""
         self._protocol = protocol
+        self._count_nodes = count_nodes
         self._nodes: dict[tuple[str, int], None] = {}
         self._former: dict[Address, None] = {}
         self._answered: set[tuple[str, int]] = set()
@@ -153,9 +158,14 @@ class Joining:
         await Lookup(self._protocol, self._protocol.source_node.long_id).run()
         if len(self._protocol.router) >= KSIZE:
             async with asyncio.TaskGroup() as group:
-                for depth in range(FAR_LOOKUPS):
+                for depth in range(self.n_far):
                     group.create_task(Lookup(self._protocol, self.far_target(depth)).run())
         self.joined.set()
+
+    @property
+    def n_far(self) -> int:
+        """How many ranges of ids are worth a lookup of their own: the nearer ones are among our neighbours."""
+        return min(max((self._count_nodes() // (KSIZE // 2)).bit_length() - 1, 1), FAR_LOOKUPS)
 
     def far_target(self, depth: int) -> int:
         """Return a random number that shares exactly `depth` leading bits with our id."""

@@ -102,12 +102,12 @@ class FcServer(Server):  # type: ignore[misc]
         self._wall = wall
         self._tasks: set[asyncio.Task[Any]] = set()
         self._transports: dict[int, asyncio.DatagramTransport] = {}
-        self._far_turn = 0
+        self._turn = 0  # of the refreshes
         self._n_changes = 0
         self._save_wanted = asyncio.Event()
         self.is_closed = False
         self.protocol = self._create_protocol()
-        self.joining = Joining(self.protocol)
+        self.joining = Joining(self.protocol, lambda: self.estimated_nodes)
         self.joined = self.joining.joined
         self.announcer = Announcer(
             self.protocol,
@@ -288,13 +288,14 @@ class FcServer(Server):  # type: ignore[misc]
         """
         table = self.protocol.router
         while True:
-            owing = [contact for contact in table if contact.failures]
-            await asyncio.sleep(REJOIN_FIRST_S if owing else PING_STALEST_EVERY_S)
-            self.joining.add_former(contact.address for contact in table)
-            self.announcer.note_network(self.estimated_nodes - (0 if self._is_client else 1))
-            owing = [contact for contact in table if contact.failures]
-            stalest = owing[0] if owing else table.stalest()
-            if stalest is None or (not owing and self._clock() - stalest.last_seen < STALE_AFTER_S):
+            is_hurried = any(contact.failures for contact in table)
+            await asyncio.sleep(REJOIN_FIRST_S if is_hurried else PING_STALEST_EVERY_S)
+            if not is_hurried:
+                self.joining.add_former(contact.address for contact in table)
+                self.announcer.note_network(self.estimated_nodes - (0 if self._is_client else 1))
+            owing = next((contact for contact in table if contact.failures), None)
+            stalest = owing if owing is not None else table.stalest()
+            if stalest is None or (owing is None and self._clock() - stalest.last_seen < STALE_AFTER_S):
                 continue
             if await self.protocol.ping(stalest.address) is None:
                 table.note_failure(stalest)
@@ -306,15 +307,15 @@ class FcServer(Server):  # type: ignore[misc]
         self._spawn(self._refresh_table())
 
     async def _refresh_table(self) -> None:
-        """Look up our own id, one of the ranges far away in turn, and the ranges where the table has nobody.
+        """Look up our own id or one of the ranges far away, by turns, and the ranges where the table has nobody.
 
-        All far ranges at once would cost more than all other upkeep; the pings of `_keep_fresh` see to them, too.
+        Everything at once would cost more than all other upkeep; the pings of `_keep_fresh` see to the contacts.
         """
         if not len(self.protocol.router):
             return
-        await Lookup(self.protocol, self.protocol.source_node.long_id).run()
-        self._far_turn = (self._far_turn + 1) % FAR_LOOKUPS
-        targets = [self.joining.far_target(self._far_turn)]
+        self._turn += 1
+        own: int = self.protocol.source_node.long_id
+        targets = [own if self._turn % 2 else self.joining.far_target(self._turn // 2 % self.joining.n_far)]
         targets += [int.from_bytes(node_id) for node_id in self.protocol.get_refresh_ids()[:FAR_LOOKUPS]]
         for target in targets:
             await Lookup(self.protocol, target).run()
