@@ -28,6 +28,7 @@ from tests.support.waiting import child_of, wait_until
 pytestmark = pytest.mark.slow
 
 NETWORK = 60
+JOINED = 15  # contacts of a node that has joined, at least
 SHARE = 0.9
 MIB = 1 << 20
 
@@ -84,13 +85,13 @@ def test_the_table_is_back_soon_without_bootstrap_nodes_and_chunks_are_not_annou
     with network(NETWORK) as addresses:
         where = f"127.0.0.1:{addresses[0][1]}"
         with start_node(tmp_path / "s", "--bootstrap", where, dht=True) as first:
-            wait_until(lambda: len(table(first)[1]) >= SHARE * 40, "the node has joined")
+            wait_until(lambda: len(table(first)[1]) >= JOINED, "the node has joined")
             state = first.storage / "dht.state"
             wait_until(lambda: len(load_state(state).addresses) >= SHARE * len(table(first)[1]), "contacts are saved")
             first.kill()  # no farewell: what was saved while it ran has to do
         # Without a bootstrap node, so that only saved contacts can bring it back.
         with start_node(tmp_path / "s", dht=True) as node:
-            wait_until(lambda: len(table(node)[1]) >= SHARE * 40, "the node is back from saved contacts")
+            wait_until(lambda: len(table(node)[1]) >= SHARE * JOINED, "the node is back from saved contacts")
             source = tmp_path / "source.bin"
             source.write_bytes(random.Random(6).randbytes(MIB))
             assert run_fastcas("store", str(source), "--storage-dir", str(node.storage)).returncode == 0
