@@ -221,7 +221,8 @@ class Link:
         """Parse a link. Unknown keys are ignored; known ones must be well-formed and, but for peer and dht, single.
 
         Raises:
-            UsageError: The scheme, the hash or a known key is malformed, or the link is over 8,192 characters.
+            UsageError: The scheme, the hash or a known key is malformed, or the link is over 8,192
+                characters or 80 fields.
         """
         if len(text) > MAX_LINK_CHARS:
             raise UsageError(f"{argument}: longer than {MAX_LINK_CHARS} characters ({len(text)})")
@@ -238,7 +239,11 @@ class Link:
         peers: list[PeerAddr] = []
         dht: list[PeerAddr] = []
         seen: set[str] = set()
-        for key, value in parse_qsl(parts.query, keep_blank_values=True, max_num_fields=MAX_LINK_PEERS + 16):
+        try:
+            fields = parse_qsl(parts.query, keep_blank_values=True, max_num_fields=MAX_LINK_PEERS + 16)
+        except ValueError:
+            raise UsageError(f"{argument}: more than {MAX_LINK_PEERS + 16} fields") from None
+        for key, value in fields:
             if key in seen:
                 raise UsageError(f"{argument}: {key}= given twice")
             if key in ("m", "name", "size"):

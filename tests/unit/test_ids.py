@@ -118,7 +118,7 @@ def test_link_round_trip(
     "text",
     ["fastcas://", "fastcas://" + HASH[:-1], "fastcas://" + HASH.upper(), "http://" + HASH, f"fastcas://{HASH}/x",
      f"fastcas://{HASH}?m=12", f"fastcas://{HASH}?size=-1", f"fastcas://{HASH}?size=1&size=2", f"fastcas://{HASH}?peer=x",
-     f"fastcas://{HASH}?dht=x:0",
+     f"fastcas://{HASH}?dht=x:0", f"fastcas://{HASH}?" + "&".join(["peer=10.0.0.1:1"] * 81),
      f"fastcas://{HASH}#x", f"fastcas://{HASH}?name=" + "x" * 9000, f"fastcas://user@{HASH}", f"fastcas://{HASH}:80"],
 )  # fmt: skip
 def test_link_refuses(text: str) -> None:
