@@ -1,7 +1,8 @@
 """The settings of a node, once: name, type, default, environment variable and help of every field.
 
 The flags of `fastcas-node` and the keyword arguments of the library come from here. Precedence: flag, then
-`FASTCAS_<FIELD>`, then the default. Owns no file; reads the environment only where a caller passes it in.
+`FASTCAS_<FIELD>`, then the default. Reads no file but the
+network key's, and the environment only where a caller passes it in.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from fastcas.errors import ConfigError
+from fastcas.errors import ConfigError, PermissionDenied
 from fastcas.ids import PeerAddr, parse_peer, parse_rate
 from fastcas.limits import DATA_PORT, DHT_PORT, WORKERS_MAX
 
-__all__ = ["SEND_PATHS", "SETTINGS", "NodeConfig", "Setting", "default_storage", "storage_root"]
+__all__ = [
+    "ANNOUNCE_POLICIES", "SEND_PATHS", "SETTINGS", "NodeConfig", "Setting", "default_storage", "read_network_key",
+    "storage_root",
+]  # fmt: skip
 
 SEND_PATHS = ("auto", "sendfile", "copy")
+NETWORK_KEY_MIN = 16  # bytes
+NETWORK_KEY_MAX = 4096
+ANNOUNCE_POLICIES = ("auto", "off", "rare", "all")
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,15 @@ SETTINGS = {
     "bootstrap": Setting("peers", "HOST:PORT", "a DHT node to join through (repeatable)"),
     "peer": Setting("peers", "HOST:PORT", "a node to ask for every file, without discovery (repeatable)"),
     "no_dht": Setting("flag", "", "run without discovery"),
+    "announce": Setting(
+        "choice", "|".join(ANNOUNCE_POLICIES),
+        "which chunks are announced one by one beside their files: rare are those registered by name only, auto is "
+        "all in networks of up to 10,000 nodes and rare in larger ones",
+    ),
+    "max_announce": Setting("rate", "RATE", "traffic that announcing chunks again may take, bytes per second"),
+    "network_key": Setting(
+        "path", "FILE", "join the private DHT of those who have the same file: 16 to 4096 bytes, kept secret"
+    ),
     "admin_port": Setting("port", "PORT", "HTTP status and metrics on 127.0.0.1 at this TCP port; 0 = off"),
     "max_upload": Setting("rate", "RATE", "limit of all uploads together, bytes per second"),
     "send_path": Setting("choice", "|".join(SEND_PATHS), "how chunks are sent"),
@@ -63,6 +79,27 @@ def storage_root(path: str | os.PathLike[str]) -> Path:
     return root.parent if root.name == "hashed_files" else root
 
 
+def read_network_key(path: str) -> bytes:
+    """Return the bytes of a network key file.
+
+    Raises:
+        ConfigError: No such file, or not 16 to 4096 bytes; nothing of it is shown.
+        PermissionDenied: It may not be read.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            key = file.read(NETWORK_KEY_MAX + 1) or b""
+    except PermissionError as exc:
+        raise PermissionDenied(f"--network-key: {path}: permission denied") from exc
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"--network-key: {path}: {getattr(exc, 'strerror', None) or exc}") from exc
+    if not NETWORK_KEY_MIN <= len(key) <= NETWORK_KEY_MAX:
+        size = f"{len(key)} B" if len(key) <= NETWORK_KEY_MAX else "more"
+        raise ConfigError(f"--network-key: {path}: expected {NETWORK_KEY_MIN}..{NETWORK_KEY_MAX} B, got {size}")
+    return key
+
+
 @dataclass
 class NodeConfig:
     """Everything that one node is told at its start. `check()` says what cannot work.
@@ -80,6 +117,9 @@ class NodeConfig:
     bootstrap: list[str] = field(default_factory=list)
     peer: list[str] = field(default_factory=list)
     no_dht: bool = False
+    announce: str = "auto"
+    max_announce: str = "20000"
+    network_key: str = ""
     admin_port: int = 0
     max_upload: str = ""
     send_path: str = "auto"
@@ -102,6 +142,9 @@ class NodeConfig:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected 0..65535, got {value}")
         if self.send_path not in SEND_PATHS:
             raise ConfigError(f"--send-path: expected {', '.join(SEND_PATHS)}, got {self.send_path!r}")
+        if self.announce not in ANNOUNCE_POLICIES:
+            raise ConfigError(f"--announce: expected {', '.join(ANNOUNCE_POLICIES)}, got {self.announce!r}")
+        self.max_announce_rate()
         if not self.host or len(self.host) > 255:
             raise ConfigError(f"--host: expected an address, got {self.host!r}")
         if len(self.node_id) > 64 or not all(c.isprintable() and not c.isspace() for c in self.node_id):
@@ -110,6 +153,8 @@ class NodeConfig:
             parse_rate(self.max_upload, "--max-upload")
         self.bootstrap_peers()
         self.static_peers()
+        if self.network_key:
+            self.network_key = str(Path(self.network_key).expanduser().absolute())
         self.storage_dir = str(storage_root(self.storage_dir or default_storage()))
         return self
 
@@ -121,6 +166,19 @@ class NodeConfig:
     def max_upload_rate(self) -> int | None:
         """Return the upload limit in bytes per second, None = unlimited."""
         return parse_rate(self.max_upload, "--max-upload") if self.max_upload else None
+
+    def max_announce_rate(self) -> int:
+        """Return what announcing chunks again may cost, bytes per second."""
+        return parse_rate(self.max_announce, "--max-announce")
+
+    def read_network_key(self) -> bytes | None:
+        """Return the private network's key, None for the open network.
+
+        Raises:
+            ConfigError: No such file, or not a key; nothing of it is shown.
+            PermissionDenied: It may not be read.
+        """
+        return read_network_key(self.network_key) if self.network_key else None
 
     def bootstrap_peers(self) -> list[PeerAddr]:
         """Return the DHT nodes to join through."""

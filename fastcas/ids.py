@@ -193,8 +193,8 @@ def parse_subset(text: str, argument: str = "subset") -> tuple[int, int]:
 class Link:
     """A fastcas:// link: file_hash (32 bytes), and what helps to fetch it.
 
-    name, size and peers are hints for people and for the first connection; manifest_hash, where present, is
-    trusted as architecture §5.2 says.
+    name, size, peers (data ports) and dht (DHT nodes, UDP ports) are hints for people and for the first connection;
+    manifest_hash, where present, is trusted as architecture §5.2 says.
     """
 
     file_hash: bytes
@@ -202,6 +202,7 @@ class Link:
     name: str | None = None
     size: int | None = None
     peers: tuple[PeerAddr, ...] = ()
+    dht: tuple[PeerAddr, ...] = ()
 
     def __str__(self) -> str:
         query = []
@@ -211,15 +212,17 @@ class Link:
             query.append("name=" + quote(self.name, safe=""))
         if self.size is not None:
             query.append(f"size={self.size}")
-        query += ["peer=" + quote(str(peer), safe=":[]") for peer in self.peers]
+        for key, addresses in (("peer", self.peers), ("dht", self.dht)):
+            query += [f"{key}=" + quote(str(address), safe=":[]") for address in addresses]
         return "fastcas://" + self.file_hash.hex() + ("?" + "&".join(query) if query else "")
 
     @classmethod
     def parse(cls, text: str, argument: str = "link") -> Link:
-        """Parse a link. Unknown keys are ignored; known ones must be well-formed and, but for peer, single.
+        """Parse a link. Unknown keys are ignored; known ones must be well-formed and, but for peer and dht, single.
 
         Raises:
-            UsageError: The scheme, the hash or a known key is malformed, or the link is over 8,192 characters.
+            UsageError: The scheme, the hash or a known key is malformed, or the link is over 8,192
+                characters or 80 fields.
         """
         if len(text) > MAX_LINK_CHARS:
             raise UsageError(f"{argument}: longer than {MAX_LINK_CHARS} characters ({len(text)})")
@@ -234,8 +237,13 @@ class Link:
         name: str | None = None
         size: int | None = None
         peers: list[PeerAddr] = []
+        dht: list[PeerAddr] = []
         seen: set[str] = set()
-        for key, value in parse_qsl(parts.query, keep_blank_values=True, max_num_fields=MAX_LINK_PEERS + 16):
+        try:
+            fields = parse_qsl(parts.query, keep_blank_values=True, max_num_fields=MAX_LINK_PEERS + 16)
+        except ValueError:
+            raise UsageError(f"{argument}: more than {MAX_LINK_PEERS + 16} fields") from None
+        for key, value in fields:
             if key in seen:
                 raise UsageError(f"{argument}: {key}= given twice")
             if key in ("m", "name", "size"):
@@ -250,7 +258,9 @@ class Link:
                 size = int(value)
             elif key == "peer":
                 peers.append(parse_peer(value, f"{argument}: peer"))
-        return cls(file_hash, manifest_hash, name, size, tuple(peers))
+            elif key == "dht":
+                dht.append(parse_peer(value, f"{argument}: dht"))
+        return cls(file_hash, manifest_hash, name, size, tuple(peers), tuple(dht))
 
 
 def parse_ref(text: str, argument: str = "REF") -> Link:

@@ -58,6 +58,8 @@ def _network_options(function: F) -> F:
                      help="how long to wait for the first peer and the manifest"),
         click.option("--bootstrap", multiple=True, metavar="HOST:PORT", envvar="FASTCAS_BOOTSTRAP",
                      help="a DHT node to ask through (repeatable)"),
+        click.option("--network-key", metavar="FILE", envvar="FASTCAS_NETWORK_KEY",
+                     help="ask in the private DHT of those who have this file"),
         click.option("--peer", "peers", multiple=True, metavar="HOST:PORT", envvar="FASTCAS_PEER",
                      help="a node to ask, without discovery (repeatable)"),
     ):  # fmt: skip
@@ -148,7 +150,7 @@ def _open_source(path: str) -> int:
 @_json_option
 def get_command(
     ref: str, out: str | None, storage_dir: str, peers: tuple[str, ...], bootstrap: tuple[str, ...], timeout: float,
-    force: bool, raw: bool, as_json: bool,
+    network_key: str | None, force: bool, raw: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fetch a file or directory by its hash or link, and print its path."""
     link = parse_ref(ref)
@@ -158,7 +160,7 @@ def get_command(
     args = {
         "ref": str(link), "out": os.fsencode(os.path.abspath(out)) if out is not None else None,
         "folder": os.fsencode(os.getcwd()), "peers": list(peers), "bootstrap": list(bootstrap), "timeout_s": timeout,
-        "raw": raw, "force": force,
+        "raw": raw, "force": force, "network_key": network_key,
     }  # fmt: skip
     resume_hint(shlex.join([PROGRAM, *sys.argv[1:]]))
     with _access(storage_dir, optional=True) as access, ProgressShow("fetching", as_json=as_json) as show:
@@ -252,18 +254,24 @@ def info_command(ref: str, storage_dir: str, as_json: bool) -> None:
 @_network_options
 @_json_option
 def peers_command(
-    ref: str, storage_dir: str, peers: tuple[str, ...], bootstrap: tuple[str, ...], timeout: float, as_json: bool
-) -> None:
+    ref: str, storage_dir: str, peers: tuple[str, ...], bootstrap: tuple[str, ...], timeout: float,
+    network_key: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """List the peers that are known to have a file."""
     link = parse_ref(ref)
     _check_network(peers, bootstrap, timeout)
-    args = {"ref": str(link), "peers": list(peers), "bootstrap": list(bootstrap), "timeout_s": timeout}
+    args = {
+        "ref": str(link), "peers": list(peers), "bootstrap": list(bootstrap), "timeout_s": timeout,
+        "network_key": network_key,
+    }  # fmt: skip
     with _access(storage_dir, optional=True) as access:
         result = access.call("peers", args)
     if as_json:
         print_json(result)
     else:
         print_table([[f"{ip}:{port}", node_id or "-", source] for node_id, ip, port, source in result["peers"]])
+        if result["peers"] and result["dht"] is not None:
+            sys.stderr.write(f"DHT: {_dht_text(result['dht'])}\n")
     if not result["peers"]:
         raise NotFound(f"no peer has {link.file_hash.hex()}")
 
@@ -292,7 +300,7 @@ def _status_rows(status: dict[str, Any]) -> list[list[str]]:
             ["node", f"{status['node_id']} {status['label']}".rstrip()],
             ["supervisor", f"pid {status['pid']}, up {status['uptime_s']:.0f} s"],
             ["data", f"tcp://{data['host']}:{data['port']}" if data["port"] else "off"],
-            ["dht", f"udp port {dht['port']}, {dht['contacts']} contacts" if dht else "off"],
+            ["dht", f"udp port {dht['port']}, {_dht_text(dht)}" if dht else "off"],
         ]
         for worker in status["workers"]:
             counters = worker["counters"]
@@ -315,6 +323,20 @@ def _status_rows(status: dict[str, Any]) -> list[list[str]]:
         rate = bytes_text(item["rate_Bps"])
         rows.append(["download", f"{item['name']} {bytes_text(item['done'])} of {bytes_text(item['total'])}, {rate}/s"])
     return rows
+
+
+def _dht_text(dht: dict[str, Any]) -> str:
+    """Return what a DHT process says of itself: whom it knows, what it did, what it refused."""
+    parts = [f"{dht['contacts']} contact{'' if dht['contacts'] == 1 else 's'}"]
+    if "nodes_estimated" in dht:
+        parts[0] += f" of about {dht['nodes_estimated']} nodes"
+        hops = dht["lookup_hops"] / max(dht["lookups"], 1)
+        parts.append(f"{dht['lookups']} lookups of {hops:.1f} hops")
+        parts.append(f"announces {dht['announce']} chunks")
+    drops = [f"{count} {cause}" for cause, count in sorted(dht.get("drops", {}).items())]
+    if drops:
+        parts.append(f"dropped: {', '.join(drops)}")
+    return ", ".join(parts)
 
 
 @command.command("verify")

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from fastcas.cli.runner import run_command
-from fastcas.config import SEND_PATHS, SETTINGS, NodeConfig, Setting
+from fastcas.config import SETTINGS, NodeConfig, Setting
 from fastcas.limits import WORKERS_MAX
 
 __all__ = ["command", "main", "ready_line"]
@@ -33,7 +33,7 @@ def _option(name: str, setting: Setting) -> click.Option:
     types: dict[str, Any] = {
         "count": click.IntRange(1, WORKERS_MAX),
         "port": click.IntRange(0, 65535),
-        "choice": click.Choice(SEND_PATHS),
+        "choice": click.Choice(setting.metavar.split("|")),
     }
     shared: dict[str, Any] = {"envvar": f"FASTCAS_{name.upper()}", "help": setting.help}
     if setting.kind == "flag":

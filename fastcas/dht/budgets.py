@@ -27,8 +27,10 @@ PING_STALEST_EVERY_S = 8.0
 STALE_AFTER_S = 30.0
 REFRESH_EVERY_S = 600.0
 SAVED_CONTACTS_MAX = 400
-SAVE_FIRST_S = 5.0  # then four times as long each time, up to SAVE_EVERY_S
-SAVE_EVERY_S = 300.0
+SAVE_PAUSE_S = 1.0  # after a change worth saving; several go into one write
+SAVE_EVERY_S = 300.0  # whatever changed
+SAVE_SHARE = 0.05  # of the table that changed is worth saving: nine tenths are to survive a kill
+FORMER_ASKED = 40  # saved contacts asked at a time, once all were asked in vain
 
 # --- requests that we send ---
 RTO_FIRST_S = 0.35
@@ -69,29 +71,45 @@ METADATA_KEYS_MAX = 20_000
 METADATA_PER_KEY = 8
 METADATA_VALUE_MAX = 900  # bytes
 TTL_MIN_S = 60
-CHUNK_TTL_S = 24 * 3600
 SWARM_TTL_S = 2 * 3600
 METADATA_TTL_S = 24 * 3600
 TTL_MAX_S = 48 * 3600
 
 # --- announcing ---
-CHUNK_CYCLE_S = 11 * 3600.0
+CHUNK_CYCLE_MIN_S = 3600.0  # of 8 holders that stay an hour (median) one is left then with 99.6 %
+CHUNK_TTL_CYCLES = 2.2  # a missed announcement loses nothing
+CHUNK_TTL_MIN_S = 2 * 3600
+CHUNK_TTL_MAX_S = 48 * 3600
+CHUNK_SLICES = 64  # parts of the key space that are announced again one by one
+CHUNK_BYTES_GUESSED = 150.0  # what announcing one key costs before it was measured
+ANNOUNCE_RATE_BPS = 20_000  # what announcing chunks again may cost, both directions
+NODES_FOR_ALL_CHUNKS = 10_000  # in larger networks only chunks without a swarm record are announced
 SWARM_CYCLE_S = 50 * 60.0
 METADATA_CYCLE_S = 8 * 3600.0
 HOLDERS_CHUNK = 8
 HOLDERS_FILE = 20
+SPARSE_KEYS = 2  # a region with so few keys is not enumerated: each key looks for its own holders
 WALKERS = 8
 WINDOW_TOTAL = 256  # datagrams in flight, all holders together
 WINDOW_NODE_FIRST = 4
 WINDOW_NODE_MAX = 32
+PACE_PER_S = 2000.0  # datagrams, about 2.4 MB/s
+PACE_BURST_S = 0.02  # so much of a second's datagrams may go at once
+BACKOFF_MIN_S = 1.0  # of a holder without room
+BACKOFF_MAX_S = 3600.0
+HOLDERS_MAX = 20_000  # remembered; the others' records just expire
 HOLDERS_ASKED = 3  # distinct holders whose answers are merged before a key counts as found
 REANNOUNCE_PAUSE_S = 1.0  # between two announcements of everything because the network grew
 
 # --- joining and leaving ---
+BOOTSTRAP_NODES_MAX = 256  # from the command line and from links, kept to be asked again
+BOOTSTRAP_ROUNDS = 3
+FAR_LOOKUPS = 8  # random ids beside the own one, so that every bucket gets contacts
 REJOIN_FIRST_S = 0.5
 REJOIN_LAST_S = 60.0
 RESOLVE_S = 5.0
 REBIND_FIRST_S = 0.1
 REBIND_LAST_S = 10.0
 LEAVE_S = 0.8
+LEAVE_ASKS_MAX = 4096  # holders that are told; the records of the others expire
 SOCKET_BUFFER = 4 << 20  # bytes asked of the kernel each way

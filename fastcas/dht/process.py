@@ -19,6 +19,8 @@ from typing import Any
 
 import uvloop
 
+from fastcas.config import ANNOUNCE_POLICIES
+from fastcas.dht.budgets import ANNOUNCE_RATE_BPS
 from fastcas.dht.server import FcServer
 from fastcas.dht.service import DhtService, snapshot_keys
 from fastcas.errors import FastCASError, LocalProtocolError, PortInUse, UsageError
@@ -113,6 +115,9 @@ class DhtMain:
                 pass
             case _:
                 raise LocalProtocolError("DHT process: malformed start message")
+        announce, rate_Bps = message.get("announce", "auto"), message.get("announce_rate_Bps", ANNOUNCE_RATE_BPS)
+        if announce not in ANNOUNCE_POLICIES or not isinstance(rate_Bps, int) or rate_Bps < 1:
+            raise LocalProtocolError("DHT process: malformed start message")
         if seed is not None and len(seed) != 32:
             raise LocalProtocolError(f"DHT process: seed: expected 32 B, got {len(seed)} B")
         server = FcServer(
@@ -120,6 +125,8 @@ class DhtMain:
             state_path=Path(state_path) if state_path is not None else None,
             is_client=client,
             network_key=network_key,
+            announce=announce,
+            announce_rate_Bps=rate_Bps,
         )
         try:
             await server.listen(port, host)

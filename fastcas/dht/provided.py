@@ -59,11 +59,16 @@ class Provided:
         self.extra: U64 = np.zeros(0, dtype=np.uint64)
         self.files: dict[bytes, OwnFile] = {}
         self.metadata: dict[bytes, MetadataRecord] = {}
+        self._all = (self.snapshot, self.extra, self.snapshot)
 
     @property
     def chunk_keys(self) -> U64:
-        """All chunk keys, sorted."""
-        return np.union1d(self.snapshot, self.extra) if len(self.extra) else self.snapshot
+        """All chunk keys, sorted. Cost: a merge after a change, else nothing."""
+        snapshot, extra, both = self._all
+        if snapshot is not self.snapshot or extra is not self.extra:
+            both = np.union1d(self.snapshot, self.extra) if len(self.extra) else self.snapshot
+            self._all = (self.snapshot, self.extra, both)
+        return both
 
     def has_chunk(self, key: int) -> bool:
         """Whether this node serves a chunk. Cost: two binary searches."""

@@ -1,18 +1,15 @@
 """`FcServer`: the life of one DHT node, on the package's `Server`.
 
-Binds the sockets and opens them again when they are lost, joins the network and stays in it (bootstrap list, saved
-contacts, back-off 1 s to 60 s), keeps the routing table fresh, saves it, and leaves cleanly.
+Binds the sockets and opens them again when they are lost, keeps the routing table fresh, saves it, and leaves
+cleanly. How it joins the network and stays in it is in `Joining`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import logging
 import random
-import secrets
-import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
@@ -23,22 +20,24 @@ from kademlia.network import Server
 from fastcas.dht.announcer import Announcer
 from fastcas.dht.budgets import (
     ALPHA,
+    ANNOUNCE_RATE_BPS,
+    FAR_LOOKUPS,
     KSIZE,
     PING_STALEST_EVERY_S,
     REBIND_FIRST_S,
     REBIND_LAST_S,
     REFRESH_EVERY_S,
     REJOIN_FIRST_S,
-    REJOIN_LAST_S,
-    RESOLVE_S,
     SAVE_EVERY_S,
-    SAVE_FIRST_S,
+    SAVE_PAUSE_S,
+    SAVE_SHARE,
     SAVED_CONTACTS_MAX,
     STALE_AFTER_S,
 )
-from fastcas.dht.contacts import Address, Contact, pack_address, parse_ip
+from fastcas.dht.contacts import Address, Contact, pack_address
 from fastcas.dht.finder import Finder
 from fastcas.dht.identity import Identity
+from fastcas.dht.joining import Joining, resolve
 from fastcas.dht.lookup import Lookup
 from fastcas.dht.protocol import FcProtocol
 from fastcas.dht.state import load_state, save_state
@@ -50,12 +49,11 @@ __all__ = ["FcServer"]
 
 log = logging.getLogger(__name__)
 
+DROP = "drop_"
 OpenTransport = Callable[
     [asyncio.AbstractEventLoop, asyncio.DatagramProtocol, str, int, Callable[[OSError], None]],
     asyncio.DatagramTransport,
 ]
-BOOTSTRAP_ROUNDS = 3
-FAR_LOOKUPS = 8
 
 
 class FcServer(Server):  # type: ignore[misc]
@@ -67,6 +65,8 @@ class FcServer(Server):  # type: ignore[misc]
         is_client: Ask and publish only; never enter anybody's table, answer nobody.
         network_key: Joins the private network with this key.
         policy: Judges peer addresses that others tell us.
+        announce: Which chunks are announced: "auto", "off", "rare" or "all".
+        announce_rate_Bps: What announcing chunks again may cost, bytes per second.
         open_transport: Opens a socket; another one in tests.
         wall: Unix time, seconds.
         rng: Choices and jitter.
@@ -82,6 +82,8 @@ class FcServer(Server):  # type: ignore[misc]
         is_client: bool = False,
         network_key: bytes | None = None,
         policy: AddressPolicy | None = None,
+        announce: str = "auto",
+        announce_rate_Bps: float = ANNOUNCE_RATE_BPS,
         open_transport: OpenTransport = open_udp,
         wall: Callable[[], float] = time.time,
         rng: random.Random | None = None,
@@ -100,15 +102,24 @@ class FcServer(Server):  # type: ignore[misc]
         self._wall = wall
         self._tasks: set[asyncio.Task[Any]] = set()
         self._transports: dict[int, asyncio.DatagramTransport] = {}
-        self._bootstrap_list: list[tuple[str, int]] = []
-        self._answered: set[Address] = set()
-        self._unresolved: set[str] = set()
-        self._former: dict[Address, None] = {}
-        self._lonely = asyncio.Event()
-        self.joined = asyncio.Event()
+        self._turn = 0  # of the refreshes
+        self._n_changes = 0
+        self._save_wanted = asyncio.Event()
         self.is_closed = False
         self.protocol = self._create_protocol()
-        self.announcer = Announcer(self.protocol, self.identity, clock=clock, wall=wall, rng=self._rng)
+        self.joining = Joining(self.protocol, lambda: self.estimated_nodes)
+        self.joined = self.joining.joined
+        self.announcer = Announcer(
+            self.protocol,
+            self.identity,
+            clock=clock,
+            wall=wall,
+            rng=self._rng,
+            count_nodes=lambda: self.estimated_nodes - (0 if is_client else 1),
+            policy=announce,
+            rate_Bps=announce_rate_Bps,
+            on_progress=self._save_wanted.set,
+        )
         self.finder = Finder(self.protocol, self._may_use, wall)
 
     def _create_protocol(self) -> FcProtocol:
@@ -156,10 +167,10 @@ class FcServer(Server):  # type: ignore[misc]
             return ["0.0.0.0", "::"]
         if pack_address(interface) is not None:
             return [interface]
-        resolved = await self._resolve((interface, 0))
-        if not resolved:
-            raise NetworkError(f"DHT: host {interface!r} cannot be resolved; nothing was bound")
-        return [resolved[0][0]]
+        try:
+            return [(await resolve((interface, 0)))[0][0]]
+        except NetworkError as exc:
+            raise NetworkError(f"{exc}; nothing was bound") from exc
 
     def _bind(self, ip: str, port: int) -> None:
         loop = asyncio.get_running_loop()
@@ -196,10 +207,12 @@ class FcServer(Server):  # type: ignore[misc]
 
     def start(self, bootstrap: Iterable[tuple[str, int]] = ()) -> None:
         """Join the network in the background, announce, and stay in it until `close`."""
-        self._bootstrap_list = list(dict.fromkeys(bootstrap))
+        self.joining.add_nodes(bootstrap)
         if self._state_path is not None:
-            self._former.update(dict.fromkeys(load_state(self._state_path)))
-        self._spawn(self._stay_joined())
+            saved = load_state(self._state_path)
+            self.joining.add_former(saved.addresses)
+            self.announcer.restore(saved.chunks)
+        self._spawn(self.joining.run())
         self._spawn(self._keep_fresh())
         self._spawn(self._refresh_regularly())
         self._spawn(self.announcer.run())
@@ -246,13 +259,7 @@ class FcServer(Server):  # type: ignore[misc]
         Asks up to three times, because the other side may be starting too. The addresses are kept and asked again
         whenever contacts are few.
         """
-        wanted = list(dict.fromkeys(addrs))
-        self._bootstrap_list = list(dict.fromkeys([*self._bootstrap_list, *wanted]))
-        for attempt in range(BOOTSTRAP_ROUNDS):
-            if attempt:
-                await asyncio.sleep(REJOIN_FIRST_S)
-            if await self._contact(await self._resolve_all(wanted)):
-                break
+        await self.joining.join(addrs)
         return len(self.protocol.router)
 
     async def bootstrap_node(self, addr: Address) -> Contact | None:
@@ -263,87 +270,14 @@ class FcServer(Server):  # type: ignore[misc]
         """Return addresses for a later bootstrap: the contacts that answered last."""
         return [contact.address for contact in self._best_contacts()]
 
-    async def _contact(self, addresses: Iterable[Address]) -> bool:
-        """Ping addresses at once, and look around if anybody answered; whether anybody did."""
-        todo = [a for a in dict.fromkeys(addresses) if a not in self.protocol.own_addresses]
-        if not todo:
-            return bool(self.protocol.own_addresses)
-        found = await asyncio.gather(*(self.protocol.ping(address) for address in todo))
-        others = [c for c in found if c is not None and c.id != self.identity.node_id]
-        self._answered.update(c.address for c in others)
-        if others:
-            await self._look_around()
-        return any(contact is not None for contact in found)
-
-    async def _look_around(self) -> None:
-        """Look up our own id, and in a larger network random ids far away, so that every bucket gets contacts."""
-        await Lookup(self.protocol, self.protocol.source_node.long_id).run()
-        if len(self.protocol.router) >= KSIZE:
-            own = self.protocol.source_node.long_id
-            targets = []
-            for depth in range(FAR_LOOKUPS):
-                low_bits = 159 - depth
-                targets.append(((own >> low_bits) ^ 1) << low_bits | secrets.randbits(low_bits))
-            async with asyncio.TaskGroup() as group:
-                for target in targets:
-                    group.create_task(Lookup(self.protocol, target).run())
-        self.joined.set()
-
-    async def _stay_joined(self) -> None:
-        pause_s = REJOIN_FIRST_S
-        while True:
-            self._lonely.clear()
-            size = len(self.protocol.router)
-            wanted = await self._resolve_all(self._bootstrap_list)
-            missing = [a for a in wanted if self.protocol.router.at(a) is None]
-            if size >= KSIZE:
-                missing = [a for a in missing if a not in self._answered]
-            if size < ALPHA:
-                missing += [a for a in self._former if self.protocol.router.at(a) is None][:40]
-            if missing:
-                await self._contact(missing)
-            elif 0 < size < KSIZE:
-                await self._look_around()  # others may have joined through the same node at the same moment
-            if not self._bootstrap_list and not self._former:
-                self.joined.set()
-            if self.protocol.router and not size:
-                pause_s = REJOIN_FIRST_S
-            try:
-                async with asyncio.timeout(pause_s):
-                    await self._lonely.wait()
-                pause_s = REJOIN_FIRST_S
-            except TimeoutError:
-                pause_s = min(2 * pause_s, REJOIN_LAST_S)
-
     def _on_table_change(self) -> None:
         size = len(self.protocol.router)
-        if not size:
-            self._lonely.set()
-        else:
-            self.joined.set()
-        self.announcer.note_network(size)
-
-    async def _resolve_all(self, addrs: Iterable[tuple[str, int]]) -> list[Address]:
-        resolved = await asyncio.gather(*(self._resolve(addr) for addr in addrs))
-        return list(dict.fromkeys(address for answer in resolved for address in answer))
-
-    async def _resolve(self, addr: tuple[str, int]) -> list[Address]:
-        """Return the literal addresses of a host and port; a name is resolved in the loop's executor, 5 s at most."""
-        host, port = addr
-        if pack_address(host) is not None:
-            return [(str(ipaddress.ip_address(host)), port)]
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(RESOLVE_S):
-                infos = await loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-        except (OSError, TimeoutError, UnicodeError) as exc:
-            level = logging.DEBUG if host in self._unresolved else logging.WARNING
-            log.log(level, "DHT bootstrap host %s cannot be resolved: %s", host, exc)
-            self._unresolved.add(host)
-            return []
-        self._unresolved.discard(host)
-        found = [str(info[4][0]) for info in infos]
-        return [(ip, port) for ip in dict.fromkeys(found) if parse_ip(pack_address(ip) or b"") is not None][:4]
+        self.joining.note_table(size)
+        if size < KSIZE:
+            self.announcer.note_network(size)
+        self._n_changes += 1
+        if self._n_changes >= SAVE_SHARE * size:
+            self._save_wanted.set()
 
     # --- keeping fresh ---
 
@@ -354,16 +288,14 @@ class FcServer(Server):  # type: ignore[misc]
         """
         table = self.protocol.router
         while True:
-            owing = [contact for contact in table if contact.failures]
-            await asyncio.sleep(REJOIN_FIRST_S if owing else PING_STALEST_EVERY_S)
-            for contact in table:
-                self._former.pop(contact.address, None)
-                self._former[contact.address] = None
-            while len(self._former) > SAVED_CONTACTS_MAX:
-                del self._former[next(iter(self._former))]
-            owing = [contact for contact in table if contact.failures]
-            stalest = owing[0] if owing else table.stalest()
-            if stalest is None or (not owing and self._clock() - stalest.last_seen < STALE_AFTER_S):
+            is_hurried = any(contact.failures for contact in table)
+            await asyncio.sleep(REJOIN_FIRST_S if is_hurried else PING_STALEST_EVERY_S)
+            if not is_hurried:
+                self.joining.add_former(contact.address for contact in table)
+                self.announcer.note_network(self.estimated_nodes - (0 if self._is_client else 1))
+            owing = next((contact for contact in table if contact.failures), None)
+            stalest = owing if owing is not None else table.stalest()
+            if stalest is None or (owing is None and self._clock() - stalest.last_seen < STALE_AFTER_S):
                 continue
             if await self.protocol.ping(stalest.address) is None:
                 table.note_failure(stalest)
@@ -375,12 +307,18 @@ class FcServer(Server):  # type: ignore[misc]
         self._spawn(self._refresh_table())
 
     async def _refresh_table(self) -> None:
-        """Look around, and into the ranges where the table has nobody."""
+        """Look up our own id or one of the ranges far away, by turns, and the ranges where the table has nobody.
+
+        Everything at once would cost more than all other upkeep; the pings of `_keep_fresh` see to the contacts.
+        """
         if not len(self.protocol.router):
             return
-        await self._look_around()
-        for node_id in self.protocol.get_refresh_ids()[:FAR_LOOKUPS]:
-            await Lookup(self.protocol, int.from_bytes(node_id)).run()
+        self._turn += 1
+        own: int = self.protocol.source_node.long_id
+        targets = [own if self._turn % 2 else self.joining.far_target(self._turn // 2 % self.joining.n_far)]
+        targets += [int.from_bytes(node_id) for node_id in self.protocol.get_refresh_ids()[:FAR_LOOKUPS]]
+        for target in targets:
+            await Lookup(self.protocol, target).run()
 
     async def _refresh_regularly(self) -> None:
         while True:
@@ -396,13 +334,23 @@ class FcServer(Server):  # type: ignore[misc]
         samples: list[int] = [(i + 1) * (1 << 160) // max(c.long_id ^ own, 1) for i, c in enumerate(nearest)]
         return max(sum(samples) // len(samples), len(self.protocol.router))
 
+    @property
+    def estimated_nodes(self) -> int:
+        """About how many nodes the network has, this one included unless it is a client."""
+        return self.estimate_nodes()
+
     def statistics(self) -> dict[str, Any]:
-        """Return counters and sizes for people."""
+        """Return counters and sizes for people; "drops" has the datagrams that were dropped, by cause."""
         protocol = self.protocol
+        counters = {name: n for name, n in protocol.counters.items() if not name.startswith(DROP)}
         return {
-            **protocol.counters,
+            "lookups": 0,
+            "lookup_hops": 0,
+            **counters,
+            "drops": {name.removeprefix(DROP): n for name, n in protocol.counters.items() if name.startswith(DROP)},
             "contacts": len(protocol.router),
-            "nodes_estimated": self.estimate_nodes(),
+            "nodes_estimated": self.estimated_nodes,
+            "announce": self.announcer.chunk_policy,
             "hints_held": protocol.hints.n_hints,
             "providers_held": protocol.hints.n_providers,
             "swarm_records_held": protocol.swarms.n_records,
@@ -418,18 +366,24 @@ class FcServer(Server):  # type: ignore[misc]
         return sorted(self.protocol.router, key=lambda contact: -contact.last_seen)[:SAVED_CONTACTS_MAX]
 
     async def _save_regularly(self) -> None:
-        pause = SAVE_FIRST_S
         while True:
-            await asyncio.sleep(pause)
+            try:
+                async with asyncio.timeout(SAVE_EVERY_S):
+                    await self._save_wanted.wait()
+            except TimeoutError:
+                pass
+            await asyncio.sleep(SAVE_PAUSE_S)
             await self._save()
-            pause = min(SAVE_EVERY_S, 4 * pause)
 
     async def _save(self) -> None:
         contacts = self._best_contacts()
         if self._state_path is None or not contacts:
             return
+        self._save_wanted.clear()
+        self._n_changes = 0
+        chunks = self.announcer.to_saved()
         try:
-            await asyncio.to_thread(save_state, self._state_path, contacts)
+            await asyncio.to_thread(save_state, self._state_path, contacts, chunks)
         except OSError as exc:
             log.warning("DHT state %s: cannot be written (%s); the old one stays", self._state_path, exc)
 

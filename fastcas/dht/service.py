@@ -157,6 +157,10 @@ class DhtService:
                 _need(len(keys) % 32 == 0, "keys: expected a multiple of 32 B")
                 stored = await server.announcer.announce_chunks(keys_of(keys)) if keys else 0
                 return {"keys": len(keys) // 32, "stored": stored}
+            case {"op": "withdraw_chunks", "keys": bytes(keys)}:
+                _need(len(keys) % 32 == 0, "keys: expected a multiple of 32 B")
+                server.announcer.withdraw_chunks(keys_of(keys))
+                return {}
             case {"op": "withdraw"}:
                 return await self._withdraw(request)
             case {

@@ -15,6 +15,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fastcas.config import read_network_key
 from fastcas.errors import FastCASError, NetworkError, NodeUnavailable, NoPeers, StoreLocked, StoreNotFound
 from fastcas.ids import Link, PeerAddr, parse_peer, parse_ref, short
 from fastcas.limits import FETCH_TIMEOUT_S
@@ -148,8 +149,10 @@ def open_access(root: Path, *, create: bool = False, optional: bool = False) -> 
 
 
 @contextlib.asynccontextmanager
-async def _dht_client(args: dict[str, Any], *, is_needed: bool) -> AsyncIterator[Discovery | None]:
+async def _dht_client(args: dict[str, Any], link: Link, *, is_needed: bool) -> AsyncIterator[Discovery | None]:
     """Ask a DHT for the time of one command; None without a bootstrap node.
+
+    The DHT nodes that the link names are bootstrap nodes where nobody else can be asked.
 
     Raises:
         NetworkError: "DHT bootstrap failed": none of them answers, and there is nobody else to ask.
@@ -157,11 +160,14 @@ async def _dht_client(args: dict[str, Any], *, is_needed: bool) -> AsyncIterator
     from fastcas.peers.dht_process import DhtProcess
 
     bootstrap = [parse_peer(str(text), "--bootstrap") for text in args.get("bootstrap", [])]
+    if is_needed:
+        bootstrap += link.dht
     if not bootstrap:
         yield None
         return
     timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
-    dht = DhtProcess([(peer.ip, peer.port) for peer in bootstrap])
+    key = read_network_key(str(args["network_key"])) if args.get("network_key") else None
+    dht = DhtProcess([(peer.ip, peer.port) for peer in bootstrap], network_key=key)
     try:
         try:
             async with asyncio.timeout(timeout_s):
@@ -202,12 +208,13 @@ async def _peers(args: dict[str, Any]) -> dict[str, Any]:
     link = parse_ref(str(args["ref"]))
     named = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
     deadline_s = min(float(args.get("timeout_s", FETCH_TIMEOUT_S)), PEERS_DEADLINE_S)
-    async with _dht_client(args, is_needed=not named) as dht:
+    async with _dht_client(args, link, is_needed=not named) as dht:
         backends: list[Discovery] = [StaticDiscovery(named)]
         if dht is not None:
             backends.append(dht)
         found = CompositeDiscovery(backends).find_file_peers(link.file_hash, PEERS_WANT, deadline_s)
-        return {"peers": [[hint.node_id, hint.ip, hint.port, hint.source] async for hint in found]}
+        peers = [[hint.node_id, hint.ip, hint.port, hint.source] async for hint in found]
+        return {"peers": peers, "dht": await dht.stats() if dht is not None else None}
 
 
 async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgress | None) -> dict[str, Any]:
@@ -228,7 +235,7 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
             return here
     _check_reachable(link, peers, args)
     hooks = _Finished()
-    async with _dht_client(args, is_needed=not peers and not link.peers) as dht:
+    async with _dht_client(args, link, is_needed=not peers and not link.peers) as dht:
         result = await download(
             link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s, hooks=hooks,
             progress=relay, raw=raw, force=force,
@@ -243,7 +250,7 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
 
 
 def _check_reachable(link: Link, peers: list[PeerAddr], args: dict[str, Any]) -> None:
-    if not peers and not link.peers and not args.get("bootstrap"):
+    if not peers and not link.peers and not link.dht and not args.get("bootstrap"):
         raise NoPeers(
             f"no peer has {link.file_hash.hex()}: none is known; name one with --peer, a DHT node with --bootstrap, "
             "or run a node on this storage folder"

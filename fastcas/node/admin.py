@@ -33,6 +33,16 @@ _WORKER_GAUGES = {
 }
 _FAMILIES = {"status_": ("responses", "status", "responses by status"),
              "evict_": ("evictions", "cause", "connections closed by us, by cause")}  # fmt: skip
+_DHT_GAUGES = {
+    "contacts": "nodes in the routing table",
+    "nodes_estimated": "nodes in the network, estimated",
+    "hints_held": "chunk records held for others",
+    "providers_held": "nodes whose chunk records are held",
+    "swarm_records_held": "swarm records held for others",
+    "metadata_keys_held": "files whose metadata records are held",
+    "chunks_offered": "chunks of this node",
+    "files_offered": "files of this node",
+}
 _RENAMED = {"shortfall": ("shortfalls", "blobs found shorter than their extents, changed or unreadable")}
 
 
@@ -42,8 +52,25 @@ def _store_families(status: dict[str, Any]) -> Iterator[Metric]:
         yield GaugeMetricFamily(f"fastcas_store_{name}{unit}", f"{name} in the store", status["store"].get(name, 0))
     yield GaugeMetricFamily("fastcas_uptime_seconds", "age of the node's agent", status["uptime_s"])
     yield GaugeMetricFamily("fastcas_downloads", "downloads that run", len(status["downloads"]))
-    if status["dht"] is not None:
-        yield GaugeMetricFamily("fastcas_dht_contacts", "nodes in the routing table", status["dht"]["contacts"])
+
+
+def _dht_families(dht: dict[str, Any]) -> Iterator[Metric]:
+    """Yield what the DHT process counts; its counters begin again when it does."""
+    drops = CounterMetricFamily("fastcas_dht_drops", "datagrams dropped, by cause", labels=["cause"])
+    for cause, value in dht.get("drops", {}).items():
+        drops.add_metric([cause], value)
+    requests = CounterMetricFamily("fastcas_dht_requests", "requests sent, by name", labels=["rpc"])
+    yield drops
+    for name, value in dht.items():
+        if not isinstance(value, int) or name in ("port", "pid", "requests"):
+            continue
+        if name.startswith("rpc_"):
+            requests.add_metric([name.removeprefix("rpc_")], value)
+        elif name in _DHT_GAUGES:
+            yield GaugeMetricFamily(f"fastcas_dht_{name}", _DHT_GAUGES[name], value)
+        else:
+            yield CounterMetricFamily(f"fastcas_dht_{name}", name.replace("_", " "), value)
+    yield requests
 
 
 def _worker_families(workers: list[dict[str, Any]], now_ns: int) -> Iterator[Metric]:
@@ -84,6 +111,8 @@ class _Snapshot(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from _store_families(self._status)
+        if self._status["dht"] is not None:
+            yield from _dht_families(self._status["dht"])
         yield from _worker_families(self._status["workers"], time.monotonic_ns())
 
 

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import sys
 import time
 from collections.abc import Coroutine, Sequence
@@ -22,7 +23,7 @@ import msgpack
 
 from fastcas import hashing, parity
 from fastcas.config import NodeConfig
-from fastcas.errors import FastCASError, LocalProtocolError
+from fastcas.errors import FastCASError, LocalProtocolError, PermissionDenied, StoreError
 from fastcas.ids import PeerAddr
 from fastcas.limits import HEARTBEAT_S
 from fastcas.node import wire
@@ -182,7 +183,7 @@ class Agent:
         finally:
             os.close(lock_fd)
         self._stack.push_async_callback(self.thread.run, self.store.close)
-        seed = await self.thread.run(self.store.identity)
+        seed = await self._identity()
         self.node_id = Identity(seed).node_id.hex()
         self._channel.send({"op": "identity", "seed": seed, "node_id": self.node_id})
 
@@ -231,6 +232,17 @@ class Agent:
         self._channel.send({"op": "ready", "chunks": self._stats["chunks"]})
         log.info("agent ready node=%s chunks=%d", self.node_id, self._stats["chunks"])
 
+    async def _identity(self) -> bytes:
+        """Return the seed of this node's key; a new one, which is not kept, where the key file cannot be used.
+
+        Serving needs no lasting identity, and a key that others could read is not one.
+        """
+        try:
+            return await self.thread.run(self.store.identity)
+        except (PermissionDenied, StoreError) as error:
+            log.error("%s; not used: this node has a new identity until it ends; mend or remove that file", error)
+            return secrets.token_bytes(32)
+
     def _beat(self) -> None:
         self.counters.set(self.slot, "heartbeat_ns", time.monotonic_ns())
         self._timers["beat"] = self.loop.call_later(HEARTBEAT_S, self._beat)
@@ -241,10 +253,25 @@ class Agent:
         """Our TCP port, None while nothing is served."""
         return self.state["port"] or None
 
-    def advertised(self) -> tuple[PeerAddr, ...]:
-        """The addresses to put into links: ours, if it is more than a wildcard."""
-        host, port = reachable_host(self.state["host"]), self.data_port()
-        return (PeerAddr(host, port),) if host is not None and port else ()
+    def advertised(self) -> tuple[tuple[PeerAddr, ...], tuple[PeerAddr, ...]]:
+        """The addresses to put into links, data port and DHT: ours, if they are more than a wildcard."""
+        host, port, dht_port = reachable_host(self.state["host"]), self.data_port(), self.state["dht_port"]
+        if host is None or not port:
+            return (), ()
+        return (PeerAddr(host, port),), (PeerAddr(host, dht_port),) if dht_port else ()
+
+    def join_through(self, peers: Sequence[PeerAddr]) -> None:
+        """Have the DHT process join through nodes that a link names; nobody waits for it."""
+        if self._dht is not None and peers:
+            self._spawn(self._join_through(self._dht, [(peer.ip, peer.port) for peer in peers]))
+
+    async def _join_through(self, dht: RingDiscovery, peers: list[tuple[str, int]]) -> None:
+        try:
+            contacts = await dht.bootstrap(peers)
+        except FastCASError as error:
+            log.info("could not join through a link's DHT nodes error=%s", error)
+        else:
+            log.debug("joined through a link's DHT nodes contacts=%d", contacts)
 
     def discovery(self) -> Discovery:
         """Where to ask for peers: the DHT, if there is one, and the nodes that were named."""
@@ -404,6 +431,7 @@ class Agent:
             self._dht = RingDiscovery(requests, answers)
         else:
             self._dht.replace_rings(requests, answers)
+        self.announcer.repeat()
         self._spawn(self.announce_everything())
 
     async def _close_dht(self) -> None:

@@ -41,6 +41,7 @@ class Announcer:
     def __init__(self, discovery: Callable[[], Discovery | None]) -> None:
         self._discovery = discovery
         self._todo: dict[bytes, Announcement] = {}
+        self._said: dict[bytes, Announcement] = {}
         self._gone: set[bytes] = set()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -59,9 +60,17 @@ class Announcer:
         self._idle.clear()
         self._wake.set()
 
+    def repeat(self) -> None:
+        """Say everything again: there is a new DHT process. What is only partly here nobody else remembers."""
+        self._todo = self._said | self._todo
+        if self._todo:
+            self._idle.clear()
+            self._wake.set()
+
     def withdraw(self, file_hash: bytes) -> None:
         """Say that a file is here no more."""
         self._todo.pop(file_hash, None)
+        self._said.pop(file_hash, None)
         self._gone.add(file_hash)
         self._idle.clear()
         self._wake.set()
@@ -101,6 +110,7 @@ class Announcer:
                 self._idle.set()
                 continue
             items, self._todo = self._todo, {}
+            self._said |= items
             gone, self._gone = self._gone, set()
             try:
                 await self._say(discovery, items, gone)

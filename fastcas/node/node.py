@@ -95,6 +95,8 @@ class P2PNode:
         bootstrap: DHT nodes to join through, (host, port) each.
         peers: Nodes to ask for every file, (host, port) each.
         use_dht: False = no DHT process.
+        announce: Which chunks are announced beside their files: "auto", "off", "rare" or "all".
+        network_key_file: File with the key of a private DHT, 16 to 4096 bytes.
         max_upload: Limit of all uploads together, "10M" or bytes per second.
     Raises:
         UsageError: An argument cannot work.
@@ -113,6 +115,8 @@ class P2PNode:
         peers: Sequence[tuple[str, int]] = (),
         use_dht: bool = True,
         max_upload: str | int = "",
+        announce: str = "auto",
+        network_key_file: str | os.PathLike[str] = "",
     ) -> None:
         self.node_id = node_id
         self.server_host = server_host
@@ -129,6 +133,8 @@ class P2PNode:
             peer=[str(PeerAddr(host, port)) for host, port in peers],
             no_dht=not use_dht,
             max_upload=str(max_upload),
+            announce=announce,
+            network_key=os.fspath(network_key_file),
         ).check()
         self._n_workers = max(1, self._config.workers)
         self._process: subprocess.Popen[bytes] | None = None

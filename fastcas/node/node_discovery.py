@@ -59,9 +59,13 @@ class NodeDiscovery:
         """Announce chunks in the node's name."""
         return int((await self._client.call("announce_chunks", {"keys": b"".join(keys)}))["stored"])
 
-    async def withdraw(self, files: Sequence[bytes] = (), *, everything: bool = False) -> None:
+    async def withdraw(
+        self, files: Sequence[bytes] = (), *, chunks: Sequence[bytes] = (), everything: bool = False
+    ) -> None:
         """Take back announcements."""
-        await self._client.call("withdraw", {"files": list(files), "all": everything})
+        await self._client.call(
+            "withdraw", {"files": list(files), "chunks": b"".join(chunks), "all": everything}
+        )
 
     async def put_metadata(self, file_hash: bytes, name: str, size: int, manifest_hash: bytes) -> int:
         """Publish a record in the node's name."""
@@ -98,7 +102,8 @@ async def serve_discovery(discovery: Discovery, op: str, args: dict[str, Any]) -
         case "announce_chunks":
             return {"stored": await discovery.announce_chunks(_hashes(args["keys"]))}
         case "withdraw":
-            await discovery.withdraw([_hash(item) for item in args["files"]], everything=bool(args["all"]))
+            files, chunks = [_hash(item) for item in args["files"]], _hashes(args["chunks"])
+            await discovery.withdraw(files, chunks=chunks, everything=bool(args["all"]))
             return {}
         case "put_metadata":
             stored = await discovery.put_metadata(

@@ -39,7 +39,7 @@ class Operations:
     Args:
         store: The store.
         barrier: Returns when no process reads what was removed before; without a node there is none.
-        advertised: Addresses that a link to a stored file should name.
+        advertised: Addresses that a link to a stored file should name: data ports, and UDP ports of DHT nodes.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Operations:
         store: Store,
         *,
         barrier: Callable[[], None] = lambda: None,
-        advertised: Callable[[], Sequence[PeerAddr]] = tuple,
+        advertised: Callable[[], tuple[Sequence[PeerAddr], Sequence[PeerAddr]]] = lambda: ((), ()),
     ) -> None:
         self.store = store
         self._barrier = barrier
@@ -115,7 +115,8 @@ class Operations:
                 path, fd=fds[0] if fds else None, name=args.get("name"), chunk_size=chunk_size, parity=shape,
                 in_place=in_place, progress=progress,
             )  # fmt: skip
-        link = dataclasses.replace(Link.parse(stored.link), peers=tuple(self._advertised()))
+        peers, dht = self._advertised()
+        link = dataclasses.replace(Link.parse(stored.link), peers=tuple(peers), dht=tuple(dht))
         return dataclasses.asdict(stored) | {"link": str(link)}
 
     def _do_ls(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:

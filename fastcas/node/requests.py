@@ -25,7 +25,7 @@ from fastcas.node.node_discovery import serve_discovery
 from fastcas.node.operations import LOCAL_OPERATIONS
 from fastcas.node.own_discovery import OwnDiscovery
 from fastcas.node.verifying import RepairPeers, report_to_map, run_scrub
-from fastcas.peers.discovery import CompositeDiscovery, Discovery, PeerHint
+from fastcas.peers.discovery import CompositeDiscovery, Discovery, NodeHint, PeerHint
 
 if TYPE_CHECKING:
     from fastcas.node.agent import Agent
@@ -35,6 +35,7 @@ __all__ = ["RequestHandler"]
 
 PEERS_WANT = 64
 WAITING_S = 1.0
+DHT_FIGURES_S = 1.0
 WATCH_S = 1.0  # how old a handle's copy of the routing table gets
 HASHES_PER_ANSWER = 1 << 20
 
@@ -91,11 +92,17 @@ class RequestHandler:
     async def status(self) -> dict[str, Any]:
         """Return what `fastcas status` shows. Does not wait behind a long ingest for more than a second."""
         agent = self._agent
-        contacts = 0
-        if agent.dht is not None:
-            with contextlib.suppress(FastCASError, TimeoutError):
-                async with asyncio.timeout(1.0):
-                    contacts = len(await agent.dht.routing())
+        dht: dict[str, Any] | None = None
+        if agent.has_dht:
+            nodes: list[NodeHint] = []
+            if agent.dht is not None:
+                with contextlib.suppress(FastCASError, TimeoutError):
+                    async with asyncio.timeout(DHT_FIGURES_S):
+                        nodes = await agent.dht.routing()
+            dht = {
+                **await self._dht_figures(), "port": agent.state["dht_port"], "pid": agent.state["dht_pid"],
+                "nodes": [[node.node_id, node.ip, node.port] for node in nodes],
+            }  # fmt: skip
         workers = [
             {**worker, "counters": agent.counters.snapshot(int(worker["slot"]))}
             for worker in agent.state.get("workers", [])
@@ -104,11 +111,17 @@ class RequestHandler:
             "node_id": agent.node_id, "label": agent.label, "pid": os.getppid(), "agent_pid": os.getpid(),
             "uptime_s": time.monotonic() - agent.started_at, "storage": agent.config.storage_dir,
             "data": {"host": agent.state["host"], "port": agent.data_port()},
-            "dht": {"port": agent.state["dht_port"], "pid": agent.state["dht_pid"], "contacts": contacts}
-            if agent.has_dht else None,
-            "workers": workers, "store": await agent.store_stats(), "downloads": agent.downloads.running(),
+            "dht": dht, "workers": workers, "store": await agent.store_stats(), "downloads": agent.downloads.running(),
             "scrub": agent.scrubber.to_map(),
         }  # fmt: skip
+
+    async def _dht_figures(self) -> dict[str, Any]:
+        """Return the counters of the DHT process; without it, or when it is slow, that nobody is known."""
+        if self._agent.dht is not None:
+            with contextlib.suppress(FastCASError, TimeoutError):
+                async with asyncio.timeout(DHT_FIGURES_S):
+                    return await self._agent.dht.stats()
+        return {"contacts": 0}
 
     async def _verify(self, request: Request) -> dict[str, Any]:
         agent, args = self._agent, request.args
@@ -180,6 +193,7 @@ class RequestHandler:
             if self._agent.dht is None:
                 raise UsageError("--bootstrap: this storage folder's node runs without a DHT")
             await self._agent.dht.bootstrap([(peer.ip, peer.port) for peer in bootstrap])
+        self._agent.join_through(link.dht)
         folder = Path(os.fsdecode(args["folder"]))
         out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
         if not (out or folder).is_absolute():
@@ -224,7 +238,7 @@ class RequestHandler:
         for node_id, ip, port in self._agent.swarmbook.peers_of(link.file_hash):
             if (ip, port) not in known:
                 peers.append([node_id, ip, port, "swarm"])
-        return {"peers": peers}
+        return {"peers": peers, "dht": await self._dht_figures() if self._agent.has_dht else None}
 
     async def _start_workers(self, request: Request) -> dict[str, Any]:
         args = request.args

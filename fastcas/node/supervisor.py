@@ -83,6 +83,7 @@ class Supervisor:
         self._facts: Message = {}
         self._identity: Message | None = None
         self._dht_port: int | None = None
+        self._network_key: bytes | None = None
         self._n_chunks = 0
         self._is_announced = False
         self._stop_reason: FastCASError | None = None
@@ -127,6 +128,7 @@ class Supervisor:
 
     def _open_ports(self) -> None:
         config = self._config
+        self._network_key = config.read_network_key()
         if not config.no_dht and config.dht_port_required:
             probe_udp(config.host, config.dht_port)
         if config.workers:
@@ -308,7 +310,8 @@ class Supervisor:
              "port_required": config.dht_port_required, "data_port": self._port,
              "bootstrap": [[peer.ip, peer.port] for peer in config.bootstrap_peers()],
              "seed": self._identity["seed"], "state_path": os.path.join(config.storage_dir, "dht.state"),
-             "client": False, "network_key": None},
+             "client": False, "network_key": self._network_key, "announce": config.announce,
+             "announce_rate_Bps": config.max_announce_rate()},
             self._dht_ring_fds(),
         )  # fmt: skip
         self._dht_relay.replay(child)

@@ -113,8 +113,10 @@ class Discovery(Protocol):
         """Say that this node has these chunks; return how many are known to somebody."""
         ...
 
-    async def withdraw(self, files: Sequence[bytes] = (), *, everything: bool = False) -> None:
-        """Take back announcements: of these files, or all of them."""
+    async def withdraw(
+        self, files: Sequence[bytes] = (), *, chunks: Sequence[bytes] = (), everything: bool = False
+    ) -> None:
+        """Take back announcements: of these files and chunks, or all of them. Chunks may take hours to be forgotten."""
         ...
 
     async def put_metadata(self, file_hash: bytes, name: str, size: int, manifest_hash: bytes) -> int:
@@ -170,7 +172,9 @@ class StaticDiscovery:
         """Announce nowhere: 0."""
         return 0
 
-    async def withdraw(self, files: Sequence[bytes] = (), *, everything: bool = False) -> None:
+    async def withdraw(
+        self, files: Sequence[bytes] = (), *, chunks: Sequence[bytes] = (), everything: bool = False
+    ) -> None:
         """Nothing was announced."""
 
     async def put_metadata(self, file_hash: bytes, name: str, size: int, manifest_hash: bytes) -> int:
@@ -247,15 +251,16 @@ class MemoryDiscovery:
             self._network.chunks.setdefault(key, set()).add(self._me)
         return len(keys)
 
-    async def withdraw(self, files: Sequence[bytes] = (), *, everything: bool = False) -> None:
-        """Forget these files under our name, or all that we announced."""
+    async def withdraw(
+        self, files: Sequence[bytes] = (), *, chunks: Sequence[bytes] = (), everything: bool = False
+    ) -> None:
+        """Forget these files and chunks under our name, or all that we announced."""
         if self._me is None:
             return
         for file_hash in list(self._network.files) if everything else files:
             self._network.files.get(file_hash, {}).pop(self._me, None)
-        if everything:
-            for holders in self._network.chunks.values():
-                holders.discard(self._me)
+        for key in list(self._network.chunks) if everything else chunks:
+            self._network.chunks.get(key, set()).discard(self._me)
 
     async def put_metadata(self, file_hash: bytes, name: str, size: int, manifest_hash: bytes) -> int:
         """Keep one hint per publisher."""
@@ -372,9 +377,11 @@ class CompositeDiscovery:
         """Announce everywhere; return the best backend's count."""
         return max(await self._all([(b.name, b.announce_chunks(keys)) for b in self.backends]), default=0)
 
-    async def withdraw(self, files: Sequence[bytes] = (), *, everything: bool = False) -> None:
+    async def withdraw(
+        self, files: Sequence[bytes] = (), *, chunks: Sequence[bytes] = (), everything: bool = False
+    ) -> None:
         """Withdraw everywhere."""
-        await self._all([(b.name, b.withdraw(files, everything=everything)) for b in self.backends])
+        await self._all([(b.name, b.withdraw(files, chunks=chunks, everything=everything)) for b in self.backends])
 
     async def put_metadata(self, file_hash: bytes, name: str, size: int, manifest_hash: bytes) -> int:
         """Publish everywhere; return the sum."""

@@ -138,9 +138,14 @@ class RingDiscovery:
             stored += _number(answer, "stored")
         return stored
 
-    async def withdraw(self, files: Sequence[bytes] = (), *, everything: bool = False) -> None:
+    async def withdraw(
+        self, files: Sequence[bytes] = (), *, chunks: Sequence[bytes] = (), everything: bool = False
+    ) -> None:
         """Take back announcements."""
-        await self._call({"op": "withdraw", "files": list(files), "all": everything}, CALL_DEADLINE_S)
+        for batch in _batches(chunks, KEYS_PER_REQUEST):
+            await self._call({"op": "withdraw_chunks", "keys": b"".join(batch)}, CALL_DEADLINE_S)
+        if files or everything:
+            await self._call({"op": "withdraw", "files": list(files), "all": everything}, CALL_DEADLINE_S)
 
     async def put_metadata(self, file_hash: bytes, name: str, size: int, manifest_hash: bytes) -> int:
         """Publish a signed record."""

@@ -50,13 +50,13 @@ def test_commands_and_flags_are_those_of_the_contract() -> None:
         "--storage-dir", "--chunk-size", "--parity", "--in-place", "--json",
     }  # fmt: skip
     assert flags(fastcas_command.commands["get"]) >= {
-        "-o", "--storage-dir", "--peer", "--bootstrap", "--timeout", "--json",
+        "-o", "--storage-dir", "--peer", "--bootstrap", "--network-key", "--timeout", "--json",
     }  # fmt: skip
     assert flags(fastcas_command.commands["verify"]) >= {"--repair", "--peer", "--rate", "--subset", "--restart"}
     assert "--json" in flags(fastcas_command.commands["index"])
     assert flags(node_command) == {
         "--workers", "--host", "--port", "--dht-port", "--storage-dir", "--node-id", "--bootstrap", "--peer",
-        "--no-dht", "--admin-port", "--max-upload", "--send-path",
+        "--no-dht", "--announce", "--max-announce", "--network-key", "--admin-port", "--max-upload", "--send-path",
     }  # fmt: skip
 
 

@@ -142,6 +142,35 @@ def test_three_processes_and_a_client_find_each_other_and_forget_who_left() -> N
     asyncio.run(_three_nodes_and_a_client())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("announce", "n_announced"), [("off", 0), ("rare", 1), ("all", 3)])
+def test_process_announces_chunks_as_it_is_told(announce: str, n_announced: int) -> None:
+    async def body() -> None:
+        chunks = digests(3)
+        async with children(2) as (holder, node):
+            first = await holder.start(data_port=9000)
+            bootstrap = [["127.0.0.1", first["port"]]]
+            await node.start(data_port=9001, bootstrap=bootstrap, announce=announce, announce_rate_Bps=1000)
+            keys_fd = write_keys(chunks)
+            node.channel.send({"op": "keys"}, [keys_fd])
+            os.close(keys_fd)
+
+            async def is_joined() -> bool:
+                stats = await node.discovery.stats()
+                return bool(stats["contacts"] == 1 and stats["chunks_offered"] == 3)
+
+            await until(is_joined)
+            assert await node.discovery.announce_chunks(chunks[:1]) == min(n_announced, 1)
+            assert (await node.discovery.stats())["announce"] == announce
+
+            async def is_announced() -> bool:
+                return bool((await holder.discovery.stats())["hints_held"] == n_announced)
+
+            await until(is_announced)
+
+    asyncio.run(body())
+
+
 def test_port_in_use_when_required_fails_with_exit_10() -> None:
     async def body() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
@@ -277,6 +306,16 @@ def test_outstanding_requests_are_asked_again_on_new_rings() -> None:
             assert await asyncio.wait_for(asking, BUDGET_S) == []
             await discovery.close()
             await b.start(network_key=b"secret")
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("options", [{"announce": "some"}, {"announce_rate_Bps": 0}, {"seed": b"short"}])
+def test_start_with_settings_that_cannot_work_fails_with_exit_1(options: dict[str, Any]) -> None:
+    async def body() -> None:
+        async with children(1) as (child,):
+            assert (await child.start(**options))["op"] == "failed"
+            assert await child.wait() == 1
 
     asyncio.run(body())
 

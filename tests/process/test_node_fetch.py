@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from fastcas.dht.server import FcServer
+from fastcas.peers.policy import AddressPolicy
 from fastcas.store import Store
 from tests.support.nodes import Node, read_line, run_fastcas, start_node
 from tests.support.waiting import wait_until
@@ -74,6 +77,39 @@ def test_bare_hash_is_found_through_the_dht_and_fetched_from_all(tmp_path: Path)
         result = get(file_hash, "-o", str(out), "--bootstrap", bootstrap, "--storage-dir", str(tmp_path / "no"))
         assert out.read_bytes() == source.read_bytes()
         assert set(result["bytes_by_peer"]) <= {node.peer for node in nodes}  # type: ignore[call-overload]
+
+
+async def answers_in_the_open_network(port: int) -> bool:
+    server = FcServer(policy=AddressPolicy(own=()))
+    await server.listen(0, "127.0.0.1")
+    try:
+        return await server.bootstrap_node(("127.0.0.1", port)) is not None
+    finally:
+        server.stop()
+
+
+def test_link_brings_a_node_into_the_private_network_that_both_have_the_key_of(tmp_path: Path) -> None:
+    source, key = tmp_path / "source.bin", tmp_path / "key"
+    file_hash = write_random(source, MIB)
+    key.write_bytes(b"sixteen or more bytes")
+    network = ["--network-key", str(key)]
+    with contextlib.ExitStack() as stack:
+        first, second = [stack.enter_context(start_node(tmp_path / name, *network, dht=True)) for name in "ab"]
+        link = str(store(first, source)["link"])
+        assert link.endswith(f"&peer={first.peer}&dht=127.0.0.1:{first.dht_port}")
+        get(link, "-o", str(tmp_path / "out.bin"), "--storage-dir", str(second.storage))
+
+        def contacts() -> object:
+            done = run_fastcas("status", "--json", "--storage-dir", str(second.storage))
+            return json.loads(done.stdout)["dht"]["nodes"]
+
+        wait_until(lambda: contacts() == [[first.node_id, "127.0.0.1", first.dht_port]], "it has joined")
+        assert first.dht_port is not None
+        assert asyncio.run(answers_in_the_open_network(first.dht_port)) is False
+        without_peer = f"fastcas://{file_hash}?dht=127.0.0.1:{first.dht_port}"
+        result = get(without_peer, "-o", str(tmp_path / "again.bin"), *network, "--storage-dir", str(tmp_path / "no"))
+        assert set(result["bytes_by_peer"]) <= {first.peer, second.peer}  # type: ignore[call-overload]
+        assert (tmp_path / "again.bin").read_bytes() == source.read_bytes()
 
 
 def test_node_that_fetched_a_file_serves_it_from_its_place(tmp_path: Path) -> None:

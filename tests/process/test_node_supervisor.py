@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -237,6 +238,42 @@ def test_admin_port_gives_status_and_metrics(tmp_path: Path) -> None:
         assert samples["fastcas_worker_shortfalls_total", "0"] == 0
         assert samples["fastcas_worker_heartbeat_age_seconds", "0"] >= 0
         assert fetch(admin, "/elsewhere")[0] == 404
+        assert not any(name.startswith("fastcas_dht") for name, *_ in samples)
+
+
+def test_status_peers_and_metrics_show_the_dht(tmp_path: Path) -> None:
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(start_node(tmp_path / "a", dht=True))
+        options = ["--bootstrap", f"127.0.0.1:{first.dht_port}", "--announce", "rare", "--admin-port", str(port)]
+        node = stack.enter_context(start_node(tmp_path / "b", *options, dht=True))
+        file_hash, _ = stored(first, tmp_path)
+        folder = ["--storage-dir", str(node.storage)]
+
+        def knows_the_file() -> bool:
+            return run_fastcas("peers", file_hash, *folder).returncode == 0
+
+        wait_until(knows_the_file, "the file is announced")
+        done = run_fastcas("peers", file_hash, *folder)
+        assert f"127.0.0.1:{first.port}  {first.node_id}  dht" in done.stdout
+        shown = r"DHT: 1 contact of about 2 nodes, [1-9]\d* lookups of [0-9.]+ hops, announces rare chunks"
+        assert re.fullmatch(shown + r"(, dropped: .*)?\n", done.stderr)
+        dht = json.loads(run_fastcas("status", "--json", *folder).stdout)["dht"]
+        assert dht["nodes"] == [[first.node_id, "127.0.0.1", first.dht_port]]
+        assert dht["announce"] == "rare"
+        assert {"lookups", "lookup_hops", "drops", "contacts", "nodes_estimated"} <= set(dht)
+        assert "1 contact of about 2 nodes" in run_fastcas("status", *folder).stdout
+        body = fetch(Node(node.process, node.storage, "", "127.0.0.1", port, None, node.log_path), "/metrics")[1]
+        samples = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(body.decode())
+            for sample in family.samples
+        }
+        assert samples["fastcas_dht_contacts",] == 1
+        assert samples["fastcas_dht_nodes_estimated",] == 2
+        assert samples["fastcas_dht_lookups_total",] >= 1
+        assert samples["fastcas_dht_requests_total", "fn"] >= 1
+        assert samples["fastcas_dht_datagrams_in_total",] >= 1
 
 
 def test_rm_and_gc_on_a_running_node_take_the_file_away(tmp_path: Path) -> None:

@@ -101,8 +101,19 @@ class Node:
         self.stop()
 
 
-def start_node(storage: Path, *arguments: str, workers: int = 1, dht: bool = False, timeout_s: float = 30.0) -> Node:
+def start_node(
+    storage: Path, *arguments: str, workers: int = 1, dht: bool = False, names_dht_port: bool = True,
+    timeout_s: float = 30.0,
+) -> Node:  # fmt: skip
     """Start a node on 127.0.0.1 with free ports; return once it accepts connections.
+
+    Args:
+        storage: Its folder; the log is in it.
+        arguments: More for the command line.
+        workers: How many.
+        dht: With a DHT process.
+        names_dht_port: False leaves the DHT's port to the node's default.
+        timeout_s: For the ready line.
 
     Raises:
         RuntimeError: It ended, or printed something else than the ready line; the message holds its stderr.
@@ -111,7 +122,10 @@ def start_node(storage: Path, *arguments: str, workers: int = 1, dht: bool = Fal
     log_path = storage / "node.log"
     command = [sys.executable, "-m", "fastcas.cli.node_command", "--host", "127.0.0.1", "--port", "0"]
     command += ["--workers", str(workers), "--storage-dir", str(storage)]
-    command += ["--dht-port", "0"] if dht else ["--no-dht"]
+    if not dht:
+        command += ["--no-dht"]
+    elif names_dht_port:
+        command += ["--dht-port", "0"]
     with log_path.open("ab") as log:
         process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL)
     assert process.stdout is not None

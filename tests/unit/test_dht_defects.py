@@ -29,7 +29,7 @@ from fastcas.dht.lookup import Lookup
 from fastcas.dht.protocol import FcProtocol
 from fastcas.dht.provided import keys_of
 from fastcas.dht.server import FcServer
-from fastcas.dht.state import load_state
+from fastcas.dht.state import SavedState, load_state
 from fastcas.dht.wire import REPLY, REQUEST, decode, encode, pack_observed
 from fastcas.errors import UsageError
 from fastcas.peers.policy import AddressPolicy
@@ -387,7 +387,7 @@ def test_defect_10_a_pickled_state_file_is_reported_and_ignored(
 ) -> None:
     path = tmp_path / "state"
     path.write_bytes(pickle.dumps({"neighbors": [("10.0.0.1", 1)]}))
-    assert load_state(path) == []
+    assert load_state(path) == SavedState()
     assert "damaged" in caplog.text
 
 

@@ -10,7 +10,7 @@ import pytest
 from fastcas.dht.finder import Finder
 from fastcas.dht.lookup import Lookup
 from fastcas.dht.peerlist import Peer
-from fastcas.dht.provided import keys_of
+from fastcas.dht.provided import keys_of, metadata_key
 from fastcas.dht.server import FcServer
 from tests.support.virtual_net import DATA_PORT, VirtualNet, address_of, run, true_nearest
 
@@ -154,8 +154,12 @@ def test_withdrawing_one_file_leaves_the_others() -> None:
         nodes = await net.grow(4)
         other = bytes(32)
         await nodes[1].announcer.announce_files([(FILE, 1000), (other, 1000)])
+        for file_hash in (FILE, other):
+            await nodes[1].announcer.put_metadata(file_hash, "name", 1, FILE)
         await nodes[1].announcer.withdraw([FILE])
         assert await find_file(nodes[3]) == set()
+        assert list(nodes[1].protocol.provided.metadata) == [metadata_key(other)]
+        assert list(nodes[1].announcer._names) == [metadata_key(other)]
         assert len(await find_file(nodes[3], other)) == 1
 
     run(body)
@@ -169,12 +173,16 @@ def test_records_expire_after_a_silent_death_and_stay_while_the_publisher_lives(
         await nodes[2].announcer.announce_files([(FILE, 1000)])
         await nodes[1].announcer.announce_chunks(keys_of(FILE))
         net.kill([nodes[1]])
-        await asyncio.sleep(3 * 3600)
+        await nodes[2].announcer.announce_chunks(keys_of(bytes(32)))
+        await asyncio.sleep(2.1 * 3600)
         assert {peer.node_id for peer in await find_file(nodes[4])} == {nodes[2].identity.node_id}
         assert all(nodes[1].identity.node_id != c.id for node in nodes[2:] for c in node.protocol.router)
         assert await found_chunks(nodes[4].finder, FILE) == 1
-        await asyncio.sleep(22 * 3600)
+        await asyncio.sleep(0.3 * 3600)
         assert await found_chunks(nodes[4].finder, FILE) == 0
+        await asyncio.sleep(22 * 3600)
+        assert await found_chunks(nodes[4].finder, bytes(32)) == 1
+        assert {peer.node_id for peer in await find_file(nodes[4])} == {nodes[2].identity.node_id}
 
     run(body)
 

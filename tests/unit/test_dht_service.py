@@ -14,7 +14,7 @@ import pytest
 from fastcas.dht.contacts import Contact
 from fastcas.dht.server import FcServer
 from fastcas.dht.service import DhtService
-from fastcas.dht.state import load_state, save_state
+from fastcas.dht.state import SavedState, load_state, save_state
 from fastcas.errors import NetworkError, PortInUse
 from fastcas.peers.policy import AddressPolicy
 from fastcas.peers.ring_discovery import RingDiscovery
@@ -146,6 +146,8 @@ def test_alone_node_answers_everything_at_once_through_the_ring_backend() -> Non
             assert server.protocol.own_addresses == {("127.0.0.1", server.port)}
             await ring.withdraw([HASH])
             assert (await ring.stats())["files_offered"] == 0
+            await ring.withdraw(chunks=[HASH])
+            assert (await ring.stats())["chunks_offered"] == 1
             await ring.withdraw(everything=True)
             assert (await ring.stats())["chunks_offered"] == 0
             await ring.close()
@@ -172,23 +174,23 @@ def test_state_file_round_trip_is_private_and_damage_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "dht.state"
-    assert load_state(path) == []
+    assert load_state(path) == SavedState()
     contacts = [Contact(bytes([i]) * 20, f"10.0.0.{i}", 8000 + i) for i in range(1, 6)]
     save_state(path, [*contacts, Contact(b"x" * 20, "fd00::7", 9)])
     assert path.stat().st_mode & 0o777 == 0o600
-    assert load_state(path) == [*(c.address for c in contacts), ("fd00::7", 9)]
+    assert load_state(path).addresses == [*(c.address for c in contacts), ("fd00::7", 9)]
     save_state(path, contacts * 200)
-    assert len(load_state(path)) == 400
+    assert len(load_state(path).addresses) == 400
     assert [p.name for p in tmp_path.iterdir()] == ["dht.state"]
     assert caplog.text == ""
     data = path.read_bytes()
     for bad in (b"", data[:10], data[:-1], data + b"x", b"X" + data[1:], data[:20] + b"\xff" + data[21:]):
         caplog.clear()
         path.write_bytes(bad)
-        assert load_state(path) == []
+        assert load_state(path) == SavedState()
         assert caplog.text.count("damaged") == 1
     path.unlink()
     path.mkdir()
     caplog.clear()
-    assert load_state(path) == []
+    assert load_state(path) == SavedState()
     assert "cannot be read" in caplog.text

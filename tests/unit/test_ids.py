@@ -89,6 +89,9 @@ def test_parse_parity_bounds() -> None:
 
 
 names = st.text(max_size=40).filter(str.isprintable)
+addresses = st.lists(
+    st.sampled_from([PeerAddr("10.0.0.1", 9000), PeerAddr("::1", 1), PeerAddr("seed.example", 80)]), max_size=4
+)
 
 
 @given(
@@ -96,14 +99,18 @@ names = st.text(max_size=40).filter(str.isprintable)
     st.none() | st.binary(min_size=32, max_size=32),
     st.none() | names,
     st.none() | st.integers(0, 2**50),
-    st.lists(
-        st.sampled_from([PeerAddr("10.0.0.1", 9000), PeerAddr("::1", 1), PeerAddr("seed.example", 80)]), max_size=4
-    ),
+    addresses,
+    addresses,
 )
 def test_link_round_trip(
-    file_hash: bytes, manifest_hash: bytes | None, name: str | None, size: int | None, peers: list[PeerAddr]
+    file_hash: bytes,
+    manifest_hash: bytes | None,
+    name: str | None,
+    size: int | None,
+    peers: list[PeerAddr],
+    dht: list[PeerAddr],
 ) -> None:
-    link = Link(file_hash, manifest_hash, name, size, tuple(peers))
+    link = Link(file_hash, manifest_hash, name, size, tuple(peers), tuple(dht))
     assert Link.parse(str(link)) == link
 
 
@@ -111,6 +118,7 @@ def test_link_round_trip(
     "text",
     ["fastcas://", "fastcas://" + HASH[:-1], "fastcas://" + HASH.upper(), "http://" + HASH, f"fastcas://{HASH}/x",
      f"fastcas://{HASH}?m=12", f"fastcas://{HASH}?size=-1", f"fastcas://{HASH}?size=1&size=2", f"fastcas://{HASH}?peer=x",
+     f"fastcas://{HASH}?dht=x:0", f"fastcas://{HASH}?" + "&".join(["peer=10.0.0.1:1"] * 81),
      f"fastcas://{HASH}#x", f"fastcas://{HASH}?name=" + "x" * 9000, f"fastcas://user@{HASH}", f"fastcas://{HASH}:80"],
 )  # fmt: skip
 def test_link_refuses(text: str) -> None:

@@ -88,6 +88,9 @@ def test_every_setting_is_described_and_survives_the_way_to_a_child() -> None:
         ({"dht_port": 70000}, "--dht-port"),
         ({"send_path": "fast"}, "--send-path"),
         ({"max_upload": "much"}, "--max-upload"),
+        ({"announce": "some"}, "--announce"),
+        ({"max_announce": "0"}, "--max-announce"),
+        ({"max_announce": ""}, "--max-announce"),
         ({"bootstrap": ["nowhere"]}, "--bootstrap"),
         ({"peer": ["1.2.3.4"]}, "--peer"),
         ({"host": ""}, "--host"),
@@ -98,6 +101,21 @@ def test_every_setting_is_described_and_survives_the_way_to_a_child() -> None:
 def test_settings_that_cannot_work_are_named(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         NodeConfig(**settings).check()
+
+
+def test_network_key_comes_from_a_file_of_16_to_4096_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    assert NodeConfig().check().read_network_key() is None
+    config = NodeConfig(network_key=str(path)).check()
+    for content in (b"", b"k" * 15, b"k" * 4097):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"--network-key: .*key: expected 16\.\.4096 B"):
+            config.read_network_key()
+    path.write_bytes(b"\0" * 16)
+    assert config.read_network_key() == b"\0" * 16
+    for bad in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ConfigError, match="--network-key: "):
+            NodeConfig(network_key=str(bad)).check().read_network_key()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"unknown": 1}'])
@@ -364,6 +382,26 @@ def test_announcer_says_everything_once_and_withdraws_at_the_end() -> None:
         await announcer.close()
         await announcer.close()
         assert not any(network.files.values())
+
+    asyncio.run(main())
+
+
+def test_announcer_tells_a_new_dht_process_everything_again_but_what_is_gone() -> None:
+    async def main() -> None:
+        me = PeerHint(ME, "127.0.0.1", 9000, "memory")
+        networks = [MemoryNetwork(), MemoryNetwork()]
+        discovery = MemoryDiscovery(networks[0], me)
+        announcer = Announcer(lambda: discovery)
+        announcer.start()
+        announcer.announce([Announcement(FILE, b"m" * 32, "", 5, 1), Announcement(b"p" * 32, b"q" * 32, "", 5)])
+        assert await announcer.wait_idle(10)
+        announcer.withdraw(b"p" * 32)
+        assert await announcer.wait_idle(10)
+        discovery = MemoryDiscovery(networks[1], me)
+        announcer.repeat()
+        assert await announcer.wait_idle(10)
+        assert networks[1].files == {FILE: {me: 1}}
+        await announcer.close()
 
     asyncio.run(main())
 

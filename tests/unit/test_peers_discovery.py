@@ -77,8 +77,9 @@ def test_memory_network_finds_others_but_not_oneself_and_withdraws() -> None:
         assert await b.get_metadata(FILE, 1.0) == [MetadataHint("name", 5, OTHER, "a" * 40)]
         assert await a.routing() == [NodeHint("b" * 40, "10.0.0.2", 9000)]
         assert await a.stats() == {"files": 1, "chunks": 2, "nodes": 2}
-        await a.withdraw([FILE])
+        await a.withdraw([FILE], chunks=[OTHER])
         assert await listed(asker.find_file_peers(FILE, 8, 1.0)) == [B]
+        assert await listed(asker.find_chunk_peers([FILE, OTHER], 8, 1.0)) == [(FILE, A)]
         await a.withdraw(everything=True)
         assert await listed(asker.find_chunk_peers([FILE], 8, 1.0)) == []
         await a.close()
