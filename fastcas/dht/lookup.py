@@ -46,16 +46,25 @@ class _State(Enum):
 @dataclass(slots=True)
 class _Entry:
     contact: Contact
+    hops: int
     state: _State = _State.NEW
 
 
 @dataclass(frozen=True, slots=True)
 class LookupResult:
-    """The nearest live nodes, nearest first; how many were asked; whether a budget ended the lookup."""
+    """What a lookup found.
+
+    Attributes:
+        nodes: The nearest live nodes, nearest first.
+        n_asked: Requests, retransmissions not counted.
+        is_cut: Whether a budget ended it.
+        hops: Replies in the longest chain that led to one of `nodes`; 0 where all were known before.
+    """
 
     nodes: list[Contact]
     n_asked: int
     is_cut: bool
+    hops: int
 
 
 class Lookup:
@@ -96,9 +105,9 @@ class Lookup:
         self._n_slow = 0
         self._stop = False
         for contact in protocol.router.nearest(target, max(k, KSIZE)):
-            self._add(contact)
+            self._add(contact, 0)
         for contact in seeds:
-            self._add(contact)
+            self._add(contact, 0)
 
     def stop(self) -> None:
         """Ask nobody else; `run` returns what is known."""
@@ -124,14 +133,18 @@ class Lookup:
                 break
         self._stop = True
         self._protocol.counters["lookups"] += 1
-        return LookupResult(self._live(), self._n_asked, is_cut or self._n_asked >= LOOKUP_RPCS_MAX)
+        found = self._live()
+        hops = max((entry.hops for entry in found), default=0)
+        self._protocol.counters["lookup_hops"] += hops
+        is_cut = is_cut or self._n_asked >= LOOKUP_RPCS_MAX
+        return LookupResult([entry.contact for entry in found], self._n_asked, is_cut, hops)
 
-    def _live(self) -> list[Contact]:
+    def _live(self) -> list[_Entry]:
         found = []
         for _, node_id in self._order:
             entry = self._entries[node_id]
             if entry.state is _State.LIVE:
-                found.append(entry.contact)
+                found.append(entry)
                 if len(found) == self._k:
                     break
         return found
@@ -195,9 +208,9 @@ class Lookup:
         ip = entry.contact.ip
         own_id = self._protocol.identity.node_id
         for contact in parse_contacts(*nodes, giver_ip=ip, own_id=own_id, limit=CONTACTS_PER_REPLY):
-            self._add(contact)
+            self._add(contact, entry.hops + 1)
 
-    def _add(self, contact: Contact) -> None:
+    def _add(self, contact: Contact, hops: int) -> None:
         if self._protocol.is_own(contact) or contact.id in self._entries or contact.address in self._addresses:
             return
         distance = contact.long_id ^ self._target
@@ -209,7 +222,7 @@ class Lookup:
                 return
             self._subnets[subnet] = self._subnets.get(subnet, 0) + 1
         self._addresses.add(contact.address)
-        self._entries[contact.id] = _Entry(contact)
+        self._entries[contact.id] = _Entry(contact, hops)
         insort(self._order, (distance, contact.id))
         if len(self._order) > SHORTLIST_MAX:
             del self._order[-1]
