@@ -12,7 +12,9 @@ KEYS_PER_ANNOUNCE = 130  # 8-byte keys in one `ap` datagram
 KEYS_PER_QUERY = 96
 FILES_PER_ANNOUNCE = 48  # 22-byte items in one `as` datagram
 CONTACTS_PER_REPLY = 20
-CONTACTS_BESIDE_RECORDS = 8
+CONTACTS_PER_REPLY_MAX = 40  # when asked for; what fits one datagram
+CONTACTS_BESIDE_RECORDS = 8  # room kept for them; more where records leave it
+CONTACTS_BESIDE_METADATA = 4
 PAD_TO = 400  # bytes of a request without a token, so that three times it holds a full reply
 
 # --- table ---
@@ -40,9 +42,11 @@ OUTSTANDING_MAX = 8192
 
 # --- lookups ---
 ALPHA = 4
+ALPHA_MAX = 10  # after contacts that did not answer
 LOOKUP_RPCS_MAX = 120
 LOOKUP_S = 10.0
-SHORTLIST_MAX = 3 * KSIZE * 4
+SHORTLIST_MAX = 1000
+LIES_MAX = 6  # dead contacts that a node may name, besides three for each that lives
 
 # --- sources ---
 RATE_UNPROVEN = 20.0  # requests per second of one source

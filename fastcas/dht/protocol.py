@@ -25,6 +25,7 @@ from fastcas.dht.budgets import (
     DATAGRAM_MAX,
     DATAGRAM_MIN,
     FLAG_READ_ONLY,
+    KSIZE,
     OUTSTANDING_MAX,
     PAD_TO,
     RPC_HARD_S,
@@ -40,6 +41,7 @@ from fastcas.dht.contacts import Address, Contact, pack_address, parse_contact
 from fastcas.dht.guard import MAC_SIZE, NetworkKey, SourceBuckets, TokenBucket, TokenJar
 from fastcas.dht.handlers import Asker, Handlers
 from fastcas.dht.identity import Identity, challenge_text, id_of, verify
+from fastcas.dht.network_size import NetworkSize
 from fastcas.dht.provided import Provided
 from fastcas.dht.records import HintStore, MetadataStore, SwarmStore
 from fastcas.dht.table import FcTable
@@ -141,8 +143,9 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
         self._tokens = TokenJar(clock)
         me = Contact(identity.node_id, "", 0)
         self.own_addresses: set[Address] = set()
-        super().__init__(me, None, 20)
+        super().__init__(me, None, KSIZE)
         self.router: FcTable = FcTable(self, me, on_change=on_table_change)
+        self.size = NetworkSize()
         self.provided = Provided()
         self.hints = HintStore(clock)
         self.swarms = SwarmStore(clock)
@@ -436,6 +439,12 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
     def is_own(self, contact: Contact) -> bool:
         """Whether a contact is this node."""
         return contact.id == self.identity.node_id or contact.address in self.own_addresses
+
+    def estimated_nodes(self) -> int:
+        """Return about how many nodes the network has, this one included unless it only asks. Cost: O(table)."""
+        own = self.source_node.long_id
+        others = self.size.estimate([contact.long_id ^ own for contact in self.router.nearest(own, KSIZE)])
+        return others + (0 if self.is_read_only else 1)
 
     def _challenge(self, address: Address, node_id: bytes | None) -> asyncio.Future[Contact | None]:
         """Ping with a nonce; the contact enters the table when it signs it. The future gets it, or None."""

@@ -387,14 +387,10 @@ class FcServer(Server):  # type: ignore[misc]
             await asyncio.sleep(REFRESH_EVERY_S * (0.9 + 0.2 * self._rng.random()))
             await self._refresh_table()
 
-    def estimate_nodes(self) -> int:
-        """Return about how many nodes the network has, from the distances of the nearest ones to us."""
-        own = self.protocol.source_node.long_id
-        nearest = self.protocol.router.nearest(own, KSIZE)
-        if len(nearest) < KSIZE:
-            return len(self.protocol.router) + (0 if self._is_client else 1)
-        samples: list[int] = [(i + 1) * (1 << 160) // max(c.long_id ^ own, 1) for i, c in enumerate(nearest)]
-        return max(sum(samples) // len(samples), len(self.protocol.router))
+    @property
+    def estimated_nodes(self) -> int:
+        """About how many nodes the network has."""
+        return self.protocol.estimated_nodes()
 
     def statistics(self) -> dict[str, Any]:
         """Return counters and sizes for people."""
@@ -402,7 +398,7 @@ class FcServer(Server):  # type: ignore[misc]
         return {
             **protocol.counters,
             "contacts": len(protocol.router),
-            "nodes_estimated": self.estimate_nodes(),
+            "nodes_estimated": self.estimated_nodes,
             "hints_held": protocol.hints.n_hints,
             "providers_held": protocol.hints.n_providers,
             "swarm_records_held": protocol.swarms.n_records,

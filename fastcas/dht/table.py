@@ -218,6 +218,10 @@ class FcTable(RoutingTable):  # type: ignore[misc]
         """Return the unproven contacts of a contact's bucket, newest first."""
         return list(self.bucket_of(node.id).replacement_nodes.values())[::-1]
 
+    def candidates_near(self, target: int) -> list[Contact]:
+        """Return the unproven contacts of the bucket around a target."""
+        return list(self.buckets[self._index(target)].replacement_nodes.values())
+
     def stalest(self) -> Contact | None:
         """Return the verified contact that has been silent longest."""
         return min(self, key=lambda contact: contact.last_seen, default=None)
@@ -230,6 +234,11 @@ class FcTable(RoutingTable):  # type: ignore[misc]
         """Return the exact `k` verified contacts nearest to a target (XOR), nearest first. Cost: O(table)."""
         pool = (contact for contact in self if contact.address != exclude)
         return heapq.nsmallest(k, pool, key=lambda contact: contact.long_id ^ target)
+
+    def nearest_to_tell(self, target: int, k: int, asker: Address) -> list[Contact]:
+        """Return `k` contacts for a reply: the nearest that owe no answer, then the nearest that do."""
+        pool = (contact for contact in self if contact.address != asker)
+        return heapq.nsmallest(k, pool, key=lambda contact: (contact.failures > 0, contact.long_id ^ target))
 
     def lonely_buckets(self) -> list[FcBucket]:
         """Return the buckets in which nobody has answered for long; the package's refresh asks for them."""

@@ -1,0 +1,86 @@
+"""The estimate of a network's size against networks whose size is known, and against planted nodes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from fastcas.dht.network_size import NetworkSize, expected_distance, is_crowded
+from tests.support.dht_sim import ideal_network, measure_lookups
+from tests.support.virtual_net import VirtualNet, run
+
+SPACE = 1 << 160
+
+
+def distances(ids: list[int], target: int, k: int = 20) -> list[int]:
+    return sorted(number ^ target for number in ids)[:k]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [100, 1000, 5000])
+def test_estimate_is_within_a_quarter_after_32_lookups(n: int) -> None:
+    for seed in range(10):
+        rng = random.Random(seed)
+        ids = [rng.getrandbits(160) for _ in range(n)]
+        size = NetworkSize()
+        for _ in range(32):
+            target = rng.getrandbits(160)
+            size.note(target, distances(ids, target), is_all=False)
+        assert 0.75 * n <= size.estimate(distances(ids, rng.getrandbits(160))) <= 1.25 * n, seed
+
+
+def test_network_smaller_than_a_lookup_is_counted() -> None:
+    size = NetworkSize()
+    assert size.estimate([]) == 0
+    assert size.estimate([5, 9]) == 2
+    size.note(1, [3, 4, 5], is_all=True)
+    assert size.estimate([3]) == 3
+    size.note(2, [3, 4, 5], is_all=False)
+    assert size.n_samples == 1
+
+
+def test_planted_nodes_around_a_few_targets_change_nothing() -> None:
+    rng = random.Random(1)
+    ids = [rng.getrandbits(160) for _ in range(1000)]
+    size = NetworkSize()
+    for _ in range(32):
+        target = rng.getrandbits(160)
+        size.note(target, distances(ids, target), is_all=False)
+    before = size.estimate(distances(ids, 0))
+    for _ in range(100):
+        size.note(77, list(range(1, 21)), is_all=False)
+    assert abs(size.estimate(distances(ids, 0)) - before) < 0.1 * before
+    for target in range(100):
+        size.note(target, list(range(1, 21)), is_all=False)
+    assert size.estimate(distances(ids, 0)) <= 3 * before  # those around us have proved their ids
+
+
+@pytest.mark.slow
+def test_crowd_is_seen_and_chance_is_not() -> None:
+    rng = random.Random(2)
+    ids = [rng.getrandbits(160) for _ in range(1000)]
+    by_chance = 0
+    for _ in range(1000):
+        target = rng.getrandbits(160)
+        near = distances(ids, target)
+        by_chance += is_crowded(near, 1000)
+        planted = [target ^ rng.getrandbits(140) for _ in range(8)]
+        assert is_crowded(distances(ids + planted, target), 1000)
+    assert by_chance <= 3
+    assert not is_crowded([1, 2, 3], 3)
+    assert expected_distance(20, 10) == SPACE
+    assert expected_distance(20, 40) == SPACE // 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [100, 1000])
+def test_node_that_made_lookups_knows_the_size_of_its_network(n: int) -> None:
+    async def body(net: VirtualNet) -> None:
+        nodes = await ideal_network(net, n)
+        for node in nodes[:5]:
+            await measure_lookups(net, [node], 20, living=nodes)
+            assert 0.75 * n <= node.estimated_nodes <= 1.25 * n
+            assert node.statistics()["nodes_estimated"] == node.estimated_nodes
+
+    run(body)
