@@ -84,10 +84,10 @@ class Handlers:
         entry = _HANDLERS.get(name)
         if entry is None or not check(args, entry[1]):
             return None
-        handler, _, is_write = entry
+        handler, fields, is_write = entry
         if is_write and not asker.is_proven:
             return BAD_TOKEN, []
-        return handler(self, asker, args)
+        return handler(self, asker, args[: len(fields)])
 
     # --- reading ---
 
