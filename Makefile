@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc fastcas -name '*.c' -o -name '*.h' -o -name '*.pyx'
 C_FILES := $(shell find csrc -name '*.c')
 C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
-.PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean parity-patterns
+.PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean parity-patterns dht-attacks
 
 build: $(STAMP)
 
@@ -52,6 +52,10 @@ heal: build
 parity-patterns: build
 	$(PY) -m pip install --quiet --disable-pip-version-check galois==0.4.11
 	FASTCAS_PARITY_PATTERNS=all $(PY) -m pytest -q tests/kernels/test_parity_patterns.py
+
+# 8, 20 and 40 nodes planted next to each of 20 keys of every kind among 500, and 10 % and 20 % that lie
+dht-attacks: build
+	FASTCAS_DHT_KEYS=20 $(PY) -m pytest -q -s --timeout 900 tests/unit/test_dht_attacks.py
 
 bench: bench-tools
 	$(PY) -m bench.fetch

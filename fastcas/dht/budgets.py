@@ -25,6 +25,7 @@ PER_SUBNET_TABLE = 10
 FAILURES_MAX = 2  # unanswered requests in a row before a contact is given up
 CHALLENGES_IN_FLIGHT = 64
 CHALLENGE_PAUSE_S = 30.0  # before the same address is challenged again in vain
+PROOF_S = 3600.0  # an address belongs to who signed there
 PING_STALEST_EVERY_S = 8.0
 STALE_AFTER_S = 30.0
 REFRESH_EVERY_S = 600.0
@@ -41,12 +42,22 @@ WRITE_HARD_S = 2.5
 OUTSTANDING_MAX = 8192
 
 # --- lookups ---
-ALPHA = 4
+ALPHA = 5
 ALPHA_MAX = 10  # after contacts that did not answer
 LOOKUP_RPCS_MAX = 120
 LOOKUP_S = 10.0
 SHORTLIST_MAX = 1000
 LIES_MAX = 6  # dead contacts that a node may name, besides three for each that lives
+
+# --- what searches remember ---
+REGION_S = 600.0
+PROVIDERS_S = 600.0
+PROVIDERS_FEW_S = 60.0  # so long a result with fewer peers than wanted is repeated without asking anybody
+MISS_FIRST_S = 30.0
+MISS_LAST_S = 300.0
+CACHED_KEYS_MAX = 200_000
+CACHED_REGIONS_MAX = 20_000
+PROBES_MAX = 6  # requests to get three answers from the nearest nodes of a known key
 
 # --- sources ---
 RATE_UNPROVEN = 20.0  # requests per second of one source

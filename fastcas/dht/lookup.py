@@ -22,6 +22,7 @@ from fastcas.dht.budgets import (
     LOOKUP_S,
 )
 from fastcas.dht.contacts import Contact, is_shared, parse_contacts, subnet_of
+from fastcas.dht.network_size import crowds
 from fastcas.dht.protocol import FcProtocol, Reply
 from fastcas.dht.shortlist import Entry, Shortlist, State
 from fastcas.dht.wire import OK, Field, check
@@ -81,7 +82,7 @@ class Lookup:
         self._k = k
         self._question = question if question is not None else self._find_nodes
         self._on_reply = on_reply if on_reply is not None else _nodes_of
-        self._list = Shortlist(target, k, radius)
+        self._list = Shortlist(target, k, radius, crowds(protocol.estimated_nodes()))
         self._events: asyncio.Queue[None] = asyncio.Queue()
         self._n_asked = 0
         self._n_in_flight = 0
@@ -131,7 +132,7 @@ class Lookup:
         hops = max((entry.hops for entry in found), default=0)
         self._protocol.counters["lookups"] += 1
         self._protocol.counters["lookup_hops"] += hops
-        if not is_cut:
+        if not is_cut and self._k >= KSIZE:
             nearest = found[: self._k]
             distances = [entry.distance for entry in nearest]
             self._protocol.size.note(self._target, distances, is_all=len(nearest) < self._k)
@@ -146,9 +147,11 @@ class Lookup:
             self._ask(entry)
 
     def _ask(self, entry: Entry) -> None:
+        """Send the question; to one of too many contacts near the target a challenge first: ids can be made up."""
         entry.state = State.ASKED
         self._n_asked += 1
         self._n_in_flight += 1
+        contact = entry.contact
         slow = False
 
         def on_slow() -> None:
@@ -160,15 +163,28 @@ class Lookup:
                 entry.state = State.SLOW
             self._events.put_nowait(None)
 
-        def answered(future: asyncio.Future[Reply | None]) -> None:
+        def ended() -> None:
             self._n_in_flight -= 1
             if slow:
                 self._n_slow -= 1
-            self._take(entry, None if future.cancelled() else future.result())
             self._events.put_nowait(None)
 
-        name, args = self._question(entry.contact)
-        self._protocol.ask(entry.contact, name, args, on_slow=on_slow).add_done_callback(answered)
+        def proved(future: asyncio.Future[Contact | None]) -> None:
+            if future.cancelled() or future.result() is None:
+                entry.settle(State.DEAD)
+            else:
+                entry.state = State.NEW
+            ended()
+
+        def answered(future: asyncio.Future[Reply | None]) -> None:
+            self._take(entry, None if future.cancelled() else future.result())
+            ended()
+
+        if self._list.is_suspicious(entry) and self._protocol.who_signed_at(contact.address) != contact.id:
+            self._protocol.prove(contact, on_slow).add_done_callback(proved)
+            return
+        name, args = self._question(contact)
+        self._protocol.ask(contact, name, args, on_slow=on_slow).add_done_callback(answered)
 
     def _take(self, entry: Entry, reply: Reply | None) -> None:
         nodes = None if reply is None or reply.status != OK else self._on_reply(entry.contact, reply.elements)
@@ -184,8 +200,8 @@ class Lookup:
 
     def _is_false(self, contact: Contact) -> bool:
         """Whether somebody else has proved that the address is theirs."""
-        known = self._protocol.router.at(contact.address)
-        return known is not None and known.id != contact.id and not known.failures
+        known = self._protocol.who_signed_at(contact.address)
+        return known is not None and known != contact.id
 
     def _find_nodes(self, contact: Contact) -> tuple[str, list[Any]]:
         count = CONTACTS_PER_REPLY_MAX if self._n_silent else CONTACTS_PER_REPLY

@@ -2,29 +2,30 @@
 
 Ids are spread evenly, so the i-th nearest of N nodes lies about i * 2^160 / N away from any target. One lookup's 20
 nearest nodes tell N within about 23 %, the median over many targets much better, and the median does not care about a
-few targets around which somebody has planted nodes. The nodes nearest to ourselves have all signed a challenge; what
-lookups heard from others counts only within a factor of two of what these say.
+few targets around which somebody has planted nodes. What lookups heard from others counts only within a factor of
+what our own table says, whose contacts have all proved their ids. Of it those count whose distances are the largest
+at which we know everybody: nodes planted close to us are not among them.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from statistics import median
 
-__all__ = ["NetworkSize", "expected_distance", "is_crowded"]
+__all__ = ["NetworkSize", "crowds", "expected_distance", "from_table", "is_crowded"]
 
 SPACE = 1 << 160
-SAMPLES_MAX = 64
+SAMPLES_MAX = 32
 NODES_MIN = 8  # fewer are no sample
-CLAMP = 2.0  # how far the estimate may be from what our own neighbourhood says
+CLAMP = 1.5  # how far the estimate may be from what our own table says
 # How few nodes' worth of expected distance may hold 8 or 20 nodes before somebody must have planted some. By chance:
 # 8 where 1.6 are expected happens around one target in 4,000, 20 where 8 are expected around one in 4,000.
 CROWDS = ((8, 1.6), (20, 8.0))
 
 
 class NetworkSize:
-    """Collects the results of lookups. Memory: one number per target, the last 64 targets."""
+    """Collects the results of lookups. Memory: one number per target, the last 32 targets."""
 
     def __init__(self) -> None:
         """Know nothing yet."""
@@ -54,19 +55,28 @@ class NetworkSize:
         if len(self._samples) > SAMPLES_MAX:
             self._samples.popitem(last=False)
 
-    def estimate(self, own_distances: Sequence[int]) -> int:
-        """Return about how many other nodes there are.
-
-        Args:
-            own_distances: Distances of the verified contacts nearest to ourselves, ascending, at most 20.
-        """
-        own = _of(own_distances) if len(own_distances) >= NODES_MIN else float(len(own_distances))
+    def estimate(self, own: float) -> int:
+        """Return about how many other nodes there are, `own` being what `from_table` says."""
         if not self._samples:
             return round(own)
         middle = median(self._samples.values())
-        if len(own_distances) < NODES_MIN:
-            return round(max(middle, own))
-        return round(min(max(middle, own / CLAMP), own * CLAMP))
+        return round(min(max(middle, own / CLAMP), own * CLAMP)) if own >= NODES_MIN else round(max(middle, own))
+
+
+def from_table(own_id: int, ids: Iterable[int], full: int) -> float:
+    """Return how many other nodes there are by what a routing table holds. Cost: O(table).
+
+    Args:
+        own_id: 160-bit.
+        ids: Its verified contacts.
+        full: From so many contacts with the same number of leading bits as ours there may be others.
+    """
+    shells = Counter(160 - (number ^ own_id).bit_length() for number in ids)
+    shared = next(bits for bits in range(161) if shells[bits] < full)
+    total = shells.total()
+    if total < NODES_MIN:
+        return float(total)
+    return (shells[shared] + shells[shared + 1]) * float(1 << shared + 2) / 3.0
 
 
 def _of(distances: Sequence[int]) -> float:
@@ -79,6 +89,11 @@ def expected_distance(rank: float, n_nodes: int) -> int:
     return SPACE if rank >= n_nodes else int(rank / n_nodes * SPACE)
 
 
+def crowds(n_nodes: int) -> list[tuple[int, int]]:
+    """Return (count, distance): so many nodes nearer to a target than that have been planted, or are made up."""
+    return [(count, expected_distance(normal, n_nodes)) for count, normal in CROWDS if count < n_nodes]
+
+
 def is_crowded(distances: Sequence[int], n_nodes: int) -> bool:
     """Whether so many nodes lie so near to a target that somebody must have planted some.
 
@@ -86,8 +101,4 @@ def is_crowded(distances: Sequence[int], n_nodes: int) -> bool:
         distances: Ascending; those of the nearest nodes.
         n_nodes: The estimated size of the network.
     """
-    return any(
-        count <= len(distances) and distances[count - 1] < expected_distance(normal, n_nodes)
-        for count, normal in CROWDS
-        if count < n_nodes
-    )
+    return any(count <= len(distances) and distances[count - 1] < limit for count, limit in crowds(n_nodes))

@@ -28,6 +28,7 @@ from fastcas.dht.budgets import (
     KSIZE,
     OUTSTANDING_MAX,
     PAD_TO,
+    PROOF_S,
     RPC_HARD_S,
     RTO_FIRST_S,
     RTO_MAX_S,
@@ -41,7 +42,7 @@ from fastcas.dht.contacts import Address, Contact, pack_address, parse_contact
 from fastcas.dht.guard import MAC_SIZE, NetworkKey, SourceBuckets, TokenBucket, TokenJar
 from fastcas.dht.handlers import Asker, Handlers
 from fastcas.dht.identity import Identity, challenge_text, id_of, verify
-from fastcas.dht.network_size import NetworkSize
+from fastcas.dht.network_size import NetworkSize, from_table
 from fastcas.dht.provided import Provided
 from fastcas.dht.records import HintStore, MetadataStore, SwarmStore
 from fastcas.dht.table import FcTable
@@ -90,12 +91,14 @@ class _Pending:
 
 @dataclass(slots=True)
 class _Path:
-    """What we know of one address: smoothed round trip, its variation, and the token it gave us."""
+    """What we know of one address: smoothed round trip, its variation, the token it gave us, who signed there."""
 
     srtt_s: float = 0.0
     var_s: float = 0.0
     token: bytes = b""
     token_until: float = 0.0
+    node_id: bytes = b""
+    node_id_until: float = 0.0
 
     @property
     def rto_s(self) -> float:
@@ -443,10 +446,21 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
     def estimated_nodes(self) -> int:
         """Return about how many nodes the network has, this one included unless it only asks. Cost: O(table)."""
         own = self.source_node.long_id
-        others = self.size.estimate([contact.long_id ^ own for contact in self.router.nearest(own, KSIZE)])
+        others = self.size.estimate(from_table(own, (contact.long_id for contact in self.router), KSIZE))
         return others + (0 if self.is_read_only else 1)
 
-    def _challenge(self, address: Address, node_id: bytes | None) -> asyncio.Future[Contact | None]:
+    def prove(self, contact: Contact, on_slow: Callable[[], None]) -> asyncio.Future[Contact | None]:
+        """Challenge a contact, whatever the table thinks of it; None unless it has the id that it is said to have."""
+        return self._challenge(contact.address, contact.id, on_slow)
+
+    def who_signed_at(self, address: Address) -> bytes | None:
+        """Return the id that was proved at an address within the last hour."""
+        path = self._paths.get(address)
+        return path.node_id if path is not None and path.node_id_until > self._clock() else None
+
+    def _challenge(
+        self, address: Address, node_id: bytes | None, on_slow: Callable[[], None] | None = None
+    ) -> asyncio.Future[Contact | None]:
         """Ping with a nonce; the contact enters the table when it signs it. The future gets it, or None."""
         result: asyncio.Future[Contact | None] = asyncio.get_running_loop().create_future()
         nonce = secrets.token_bytes(16)
@@ -456,6 +470,9 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
             self._challenging.discard(address)
             reply = None if future.cancelled() else future.result()
             contact = self._proven(address, nonce, reply)
+            if contact is not None:
+                path = self._path(address)
+                path.node_id, path.node_id_until = contact.id, self._clock() + PROOF_S
             if contact is None or (node_id is not None and contact.id != node_id):
                 self._failed_challenges[address] = self._clock()
                 if len(self._failed_challenges) > SOURCES_MAX:
@@ -468,7 +485,7 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
             if not result.done():
                 result.set_result(contact)
 
-        self.request(address, "ping", [nonce]).add_done_callback(answered)
+        self.request(address, "ping", [nonce], on_slow=on_slow).add_done_callback(answered)
         return result
 
     async def ping(self, address: Address) -> Contact | None:

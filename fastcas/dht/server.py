@@ -109,7 +109,7 @@ class FcServer(Server):  # type: ignore[misc]
         self.is_closed = False
         self.protocol = self._create_protocol()
         self.announcer = Announcer(self.protocol, self.identity, clock=clock, wall=wall, rng=self._rng)
-        self.finder = Finder(self.protocol, self._may_use, wall)
+        self.finder = Finder(self.protocol, self._may_use, clock, wall)
 
     def _create_protocol(self) -> FcProtocol:
         return FcProtocol(

@@ -8,7 +8,7 @@ that what only such nodes named neither is asked nor waited for; and the first t
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -85,10 +85,12 @@ class Shortlist:
         target: The 160-bit number to approach.
         k: How many live ones are wanted.
         radius: Besides these, everybody known up to this distance.
+        crowds: (count, distance): so many contacts nearer than that are too many to be true.
     """
 
-    def __init__(self, target: int, k: int, radius: int = 0) -> None:
+    def __init__(self, target: int, k: int, radius: int = 0, crowds: Sequence[tuple[int, int]] = ()) -> None:
         """Start empty."""
+        self._crowds = crowds
         self._target = target
         self._k = k
         self._radius = radius
@@ -144,6 +146,21 @@ class Shortlist:
                 return entry
             near += 1
         return None
+
+    def is_suspicious(self, entry: Entry) -> bool:
+        """Whether an entry is one of too many near the target. Cost: O(crowd and what is dead in it)."""
+        return any(entry.distance < limit and self._has_within(count, limit) for count, limit in self._crowds)
+
+    def _has_within(self, count: int, distance: int) -> bool:
+        for other_distance, node_id in self._order:
+            if other_distance >= distance:
+                return False
+            other = self._entries[node_id]
+            if other.state is not State.DEAD and not other.is_doubtful:
+                count -= 1
+                if not count:
+                    return True
+        return False
 
     def is_complete(self) -> bool:
         """Whether the `k` nearest that may live, and all within the radius, have answered."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from fastcas.dht.budgets import WINDOW_NODE_FIRST, WINDOW_NODE_MAX, WINDOW_TOTAL, WRITE_HARD_S
 from fastcas.dht.contacts import Contact
 from fastcas.dht.protocol import FcProtocol, Reply
-from fastcas.dht.regions import Region, allocate, id_key, walk
+from fastcas.dht.regions import Region, allocate, id_key, walk, within_reach
 from fastcas.dht.wire import FULL, OK
 
 __all__ = ["Sweep", "SweepReport"]
@@ -84,7 +84,7 @@ class Sweep:
 
     async def run(self) -> SweepReport:
         """Walk the regions and store everything; never raises for what other nodes do."""
-        lookups = await walk(self._protocol, self._keys, self._region)
+        lookups = await walk(self._protocol, self._keys, self._region, r=self._r)
         stored = int(np.count_nonzero((self._copies > 0) | self._own))
         return SweepReport(stored, int(self._copies.sum()), self._holders, lookups, self._datagrams)
 
@@ -97,13 +97,14 @@ class Sweep:
         if not ids:
             return
         keys = self._keys[region.first : region.last]
-        nearest = allocate(keys, np.array(ids, dtype=np.uint64), min(2 * self._r, len(ids)))
-        chosen = nearest[:, : self._r]
+        places = np.array(ids, dtype=np.uint64)
+        nearest = allocate(keys, places, min(2 * self._r, len(ids)))
+        takes = within_reach(keys, places, nearest, self._protocol.estimated_nodes(), self._r)
         if self._counts_self:
-            self._own[positions[(chosen == me).any(axis=1)]] = True
+            self._own[positions[takes[:, me]]] = True
         async with asyncio.TaskGroup() as group:
             for number, node in enumerate(region.nodes):
-                mine = np.flatnonzero((chosen == number).any(axis=1))
+                mine = np.flatnonzero(takes[:, number])
                 if len(mine):
                     group.create_task(self._store_or_replace(region, node, mine, nearest))
 

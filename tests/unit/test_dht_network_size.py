@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fastcas.dht.network_size import NetworkSize, expected_distance, is_crowded
+from fastcas.dht.network_size import NetworkSize, expected_distance, from_table, is_crowded
 from tests.support.dht_sim import ideal_network, measure_lookups
 from tests.support.virtual_net import VirtualNet, run
 
@@ -27,33 +27,46 @@ def test_estimate_is_within_a_quarter_after_32_lookups(n: int) -> None:
         for _ in range(32):
             target = rng.getrandbits(160)
             size.note(target, distances(ids, target), is_all=False)
-        assert 0.75 * n <= size.estimate(distances(ids, rng.getrandbits(160))) <= 1.25 * n, seed
+        assert 0.75 * n <= size.estimate(from_table(ids[0], ids[1:], n)) <= 1.25 * n, seed
 
 
 def test_network_smaller_than_a_lookup_is_counted() -> None:
     size = NetworkSize()
-    assert size.estimate([]) == 0
-    assert size.estimate([5, 9]) == 2
+    assert size.estimate(from_table(0, [], 20)) == 0
+    assert size.estimate(from_table(0, [5, 9], 20)) == 2
     size.note(1, [3, 4, 5], is_all=True)
-    assert size.estimate([3]) == 3
+    assert size.estimate(from_table(0, [3], 20)) == 3
     size.note(2, [3, 4, 5], is_all=False)
     assert size.n_samples == 1
 
 
-def test_planted_nodes_around_a_few_targets_change_nothing() -> None:
+def test_planted_nodes_around_targets_and_around_us_change_little() -> None:
     rng = random.Random(1)
+    ids = [rng.getrandbits(160) for _ in range(1000)]
+    size = NetworkSize()
+    own = from_table(0, ids, 20)
+    assert 500 <= own <= 2000
+    assert from_table(0, ids + [rng.getrandbits(140) for _ in range(40)], 20) == own
+    for _ in range(31):
+        target = rng.getrandbits(160)
+        size.note(target, distances(ids, target), is_all=False)
+    before = size.estimate(own)
+    for _ in range(100):
+        size.note(77, list(range(1, 21)), is_all=False)
+    assert abs(size.estimate(own) - before) < 0.1 * before
+    for target in range(100):
+        size.note(target, list(range(1, 21)), is_all=False)
+    assert size.estimate(own) <= 1.5 * own
+
+
+def test_estimate_follows_a_network_that_grows() -> None:
+    rng = random.Random(3)
     ids = [rng.getrandbits(160) for _ in range(1000)]
     size = NetworkSize()
     for _ in range(32):
         target = rng.getrandbits(160)
-        size.note(target, distances(ids, target), is_all=False)
-    before = size.estimate(distances(ids, 0))
-    for _ in range(100):
-        size.note(77, list(range(1, 21)), is_all=False)
-    assert abs(size.estimate(distances(ids, 0)) - before) < 0.1 * before
-    for target in range(100):
-        size.note(target, list(range(1, 21)), is_all=False)
-    assert size.estimate(distances(ids, 0)) <= 3 * before  # those around us have proved their ids
+        size.note(target, distances(ids[:100], target), is_all=False)
+    assert size.estimate(from_table(0, ids, 20)) >= 400
 
 
 @pytest.mark.slow
