@@ -94,6 +94,7 @@ METADATA_CYCLE_S = 8 * 3600.0
 HOLDERS_CHUNK = 8
 HOLDERS_FILE = 20
 WALKERS = 8
+FIND_WALKERS = 32  # somebody waits: 5,000 keys within 10 s when half of the nodes are dead
 WINDOW_TOTAL = 256  # datagrams in flight, all holders together
 WINDOW_NODE_FIRST = 4
 WINDOW_NODE_MAX = 32

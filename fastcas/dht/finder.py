@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcas.dht.budgets import (
+    FIND_WALKERS,
     HOLDERS_ASKED,
     METADATA_VALUE_MAX,
     PEERS_PER_REPLY,
@@ -299,7 +300,7 @@ class Finder:
             self.regions,
         )
         regions = None if refresh else self.regions
-        await walk(self._protocol, keys[rows], search.region, regions=regions)
+        await walk(self._protocol, keys[rows], search.region, walkers=FIND_WALKERS, regions=regions)
         for row in rows.tolist():
             if found[row] or not is_missed[row]:
                 self.providers.note(int(keys[row]), found[row])
