@@ -109,9 +109,14 @@ def parse_contact(node_id: bytes, packed_ip: bytes, port: int, *, giver_ip: str,
     if len(node_id) != ID_SIZE or node_id == own_id or not 1 <= port <= 65535:
         return None
     ip = parse_ip(packed_ip)
-    if ip is None or (is_loopback(ip) and not is_loopback(giver_ip)):
+    if ip is None or (_is_local(ip) and not _is_local(giver_ip)):
         return None
     return Contact(node_id, ip, port)
+
+
+@lru_cache(maxsize=65_536)
+def _is_local(ip: str) -> bool:
+    return is_loopback(ip)
 
 
 def parse_contacts(nodes4: bytes, nodes6: bytes, *, giver_ip: str, own_id: bytes, limit: int) -> list[Contact]:
@@ -136,10 +141,10 @@ def parse_contacts(nodes4: bytes, nodes6: bytes, *, giver_ip: str, own_id: bytes
 def pack_contacts(contacts: Iterable[Contact], to_ip: str) -> tuple[bytes, bytes]:
     """Return (IPv4 list, IPv6 list); loopback contacts are told only over loopback."""
     lists: dict[int, list[bytes]] = {4: [], 16: []}
-    local = is_loopback(to_ip)
+    local = _is_local(to_ip)
     for contact in contacts:
         packed = pack_address(contact.ip)
-        if packed is not None and (local or not is_loopback(contact.ip)):
+        if packed is not None and (local or not _is_local(contact.ip)):
             lists[len(packed)].append(contact.id + packed + contact.port.to_bytes(2))
     return b"".join(lists[4]), b"".join(lists[16])
 

@@ -105,6 +105,7 @@ class FcServer(Server):  # type: ignore[misc]
         self._unresolved: set[str] = set()
         self._former: dict[Address, None] = {}
         self._lonely = asyncio.Event()
+        self._turn = 0  # of the refreshes
         self.joined = asyncio.Event()
         self.is_closed = False
         self.protocol = self._create_protocol()
@@ -279,15 +280,21 @@ class FcServer(Server):  # type: ignore[misc]
         """Look up our own id, and in a larger network random ids far away, so that every bucket gets contacts."""
         await Lookup(self.protocol, self.protocol.source_node.long_id).run()
         if len(self.protocol.router) >= KSIZE:
-            own = self.protocol.source_node.long_id
-            targets = []
-            for depth in range(FAR_LOOKUPS):
-                low_bits = 159 - depth
-                targets.append(((own >> low_bits) ^ 1) << low_bits | secrets.randbits(low_bits))
             async with asyncio.TaskGroup() as group:
-                for target in targets:
-                    group.create_task(Lookup(self.protocol, target).run())
+                for depth in range(self._n_far):
+                    group.create_task(Lookup(self.protocol, self._far_target(depth)).run())
         self.joined.set()
+
+    @property
+    def _n_far(self) -> int:
+        """How many ranges of ids are worth a lookup of their own: the nearer ones are among our neighbours."""
+        return min(max((self.estimated_nodes // (KSIZE // 2)).bit_length() - 1, 1), FAR_LOOKUPS)
+
+    def _far_target(self, depth: int) -> int:
+        """Return a random number that shares exactly `depth` leading bits with our id."""
+        low_bits = 159 - depth
+        own: int = self.protocol.source_node.long_id
+        return ((own >> low_bits) ^ 1) << low_bits | secrets.randbits(low_bits)
 
     async def _stay_joined(self) -> None:
         pause_s = REJOIN_FIRST_S
@@ -354,33 +361,44 @@ class FcServer(Server):  # type: ignore[misc]
         """
         table = self.protocol.router
         while True:
-            owing = [contact for contact in table if contact.failures]
-            await asyncio.sleep(REJOIN_FIRST_S if owing else PING_STALEST_EVERY_S)
-            for contact in table:
-                self._former.pop(contact.address, None)
-                self._former[contact.address] = None
-            while len(self._former) > SAVED_CONTACTS_MAX:
-                del self._former[next(iter(self._former))]
-            owing = [contact for contact in table if contact.failures]
-            stalest = owing[0] if owing else table.stalest()
-            if stalest is None or (not owing and self._clock() - stalest.last_seen < STALE_AFTER_S):
+            is_hurried = any(contact.failures for contact in table)
+            await asyncio.sleep(REJOIN_FIRST_S if is_hurried else PING_STALEST_EVERY_S)
+            if not is_hurried:
+                self._remember_contacts()
+            owing = next((contact for contact in table if contact.failures), None)
+            stalest = owing if owing is not None else table.stalest()
+            if stalest is None or (owing is None and self._clock() - stalest.last_seen < STALE_AFTER_S):
                 continue
             if await self.protocol.ping(stalest.address) is None:
                 table.note_failure(stalest)
                 for candidate in table.candidates_for(stalest)[:1]:
                     self.protocol.consider(candidate)
 
+    def _remember_contacts(self) -> None:
+        """Keep the addresses of contacts for the day when the table is empty, the latest 400."""
+        for contact in self.protocol.router:
+            self._former.pop(contact.address, None)
+            self._former[contact.address] = None
+        while len(self._former) > SAVED_CONTACTS_MAX:
+            del self._former[next(iter(self._former))]
+
     def refresh_table(self, interval: float = REFRESH_EVERY_S) -> None:
         """Look around once, in the background; `start` repeats it."""
         self._spawn(self._refresh_table())
 
     async def _refresh_table(self) -> None:
-        """Look around, and into the ranges where the table has nobody."""
+        """Look up our own id or one of the ranges far away, by turns, and the ranges where the table has nobody.
+
+        Everything at once would cost more than all other upkeep; the pings of `_keep_fresh` see to the contacts.
+        """
         if not len(self.protocol.router):
             return
-        await self._look_around()
-        for node_id in self.protocol.get_refresh_ids()[:FAR_LOOKUPS]:
-            await Lookup(self.protocol, int.from_bytes(node_id)).run()
+        self._turn += 1
+        own: int = self.protocol.source_node.long_id
+        targets = [own if self._turn % 2 else self._far_target(self._turn // 2 % self._n_far)]
+        targets += [int.from_bytes(node_id) for node_id in self.protocol.get_refresh_ids()[:FAR_LOOKUPS]]
+        for target in targets:
+            await Lookup(self.protocol, target).run()
 
     async def _refresh_regularly(self) -> None:
         while True:
