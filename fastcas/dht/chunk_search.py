@@ -71,12 +71,10 @@ class ChunkSearch:
         ids = np.array([id_key(node.id) for node in region.nodes], dtype=np.uint64)
         nearest = allocate(keys, ids, HOLDERS_CHUNK)
         takes = within_reach(keys, ids, nearest, self._protocol.estimated_nodes(), HOLDERS_CHUNK)
-        crowded = takes.sum(axis=1) > nearest.shape[1]
         np.put_along_axis(takes, nearest, False, axis=1)  # these are asked first, by rank
         asked = silent = 0
         for rank in range(nearest.shape[1]):
-            is_open = [crowded[row] or self._is_open(region.first + row, rank) for row in range(len(keys))]
-            rows = np.flatnonzero(is_open)
+            rows = np.flatnonzero([self._is_open(region.first + row, rank) for row in range(len(keys))])
             if not len(rows):
                 break
             holders = nearest[rows, rank]

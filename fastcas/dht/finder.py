@@ -30,7 +30,6 @@ from fastcas.dht.caches import ProviderCache, RegionMap, SingleFlight
 from fastcas.dht.chunk_search import ChunkSearch
 from fastcas.dht.contacts import Contact
 from fastcas.dht.lookup import Lookup, OnReply, Question
-from fastcas.dht.network_size import expected_distance
 from fastcas.dht.peerlist import MayUse, Peer, parse_peers
 from fastcas.dht.protocol import FcProtocol
 from fastcas.dht.provided import metadata_key, swarm_key
@@ -116,9 +115,6 @@ class Finder:
             return
         found: dict[Peer, None] = {}
         holders = 0
-        number = int.from_bytes(key)
-        # An honest node this near is rare, a planted one is not: its word does not end the walk.
-        suspicious = expected_distance(1 / 8, self._protocol.estimated_nodes())
 
         def on_reply(contact: Contact, elements: list[Any]) -> tuple[bytes, bytes] | None:
             nonlocal holders
@@ -127,14 +123,15 @@ class Finder:
             peers = self._usable(parse_peers(elements[0], elements[1], contact.ip, self._may_use))
             found.update(dict.fromkeys(peers))
             if peers:
-                holders += contact.long_id ^ number >= suspicious
+                holders += 1
                 tell(peers)
             return elements[3], elements[4]
 
         def is_enough() -> bool:
             return len(found) >= want and holders >= HOLDERS_ASKED
 
-        is_complete = await self._cover(number, lambda _: ("gs", [key, min(want, 255)]), on_reply, is_enough)
+        args = [key, min(want, 255)]
+        is_complete = await self._cover(int.from_bytes(key), lambda _: ("gs", args), on_reply, is_enough)
         if is_complete or found:
             self.providers.note(key, found)
 
@@ -185,15 +182,16 @@ class Finder:
     async def _cover(self, target: int, question: Question, on_reply: OnReply, is_enough: Callable[[], bool]) -> bool:
         """Ask everybody responsible for a target until it is enough; whether all were asked.
 
-        These are the 20 nearest nodes and all within the distance at which the 20th is expected; where more are there
-        than there should be, all who can be found so far around.
+        It is never enough where somebody may have planted nodes: they could name peers of their own. Responsible are
+        the 20 nearest nodes and all within the distance at which the 20th is expected; where more are there than
+        there should be, all who can be found so far around.
         """
         asked: set[bytes] = set()
 
         def heard(contact: Contact, elements: list[Any]) -> tuple[bytes, bytes] | None:
             asked.add(contact.id)
             nodes = on_reply(contact, elements)
-            if is_enough():
+            if is_enough() and not lookup.is_crowded:
                 lookup.stop()
             return nodes
 
@@ -208,8 +206,6 @@ class Finder:
             seeds=mapped[1] if mapped is not None else (),
         )
         result = await lookup.run()
-        if is_enough():
-            return False
         if not vicinity.is_crowded(result.nodes):
             if not result.is_cut and result.nodes:
                 self.regions.put(*span(target, depth_of(target, result.nodes)), result.nodes)

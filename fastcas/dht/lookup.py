@@ -106,6 +106,11 @@ class Lookup:
                 subnets.add(subnet)
                 yield contact
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so many contacts are said to be near the target that somebody must have planted some."""
+        return self._list.is_crowded()
+
     def stop(self) -> None:
         """Ask nobody else; `run` returns what is known."""
         self._stop = True
@@ -195,13 +200,8 @@ class Lookup:
         ip = entry.contact.ip
         own_id = self._protocol.identity.node_id
         for contact in parse_contacts(*nodes, giver_ip=ip, own_id=own_id, limit=CONTACTS_PER_REPLY_MAX):
-            if not self._protocol.is_own(contact) and not self._is_false(contact):
+            if not self._protocol.is_own(contact):
                 self._list.add(contact, entry)
-
-    def _is_false(self, contact: Contact) -> bool:
-        """Whether somebody else has proved that the address is theirs."""
-        known = self._protocol.who_signed_at(contact.address)
-        return known is not None and known != contact.id
 
     def _find_nodes(self, contact: Contact) -> tuple[str, list[Any]]:
         count = CONTACTS_PER_REPLY_MAX if self._n_silent else CONTACTS_PER_REPLY

@@ -151,6 +151,10 @@ class Shortlist:
         """Whether an entry is one of too many near the target. Cost: O(crowd and what is dead in it)."""
         return any(entry.distance < limit and self._has_within(count, limit) for count, limit in self._crowds)
 
+    def is_crowded(self) -> bool:
+        """Whether there are too many contacts near the target to be true; the made up ones among them not yet dead."""
+        return any(self._has_within(count, limit) for count, limit in self._crowds)
+
     def _has_within(self, count: int, distance: int) -> bool:
         for other_distance, node_id in self._order:
             if other_distance >= distance:

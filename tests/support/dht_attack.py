@@ -35,9 +35,12 @@ def _pool(size: int) -> list[tuple[int, int]]:
 
 
 async def plant(
-    net: VirtualNet, honest: Sequence[FcServer], target: int, count: int, *, pool: int = POOL
+    net: VirtualNet, honest: Sequence[FcServer], target: int, count: int, *, poisons: bool = False, pool: int = POOL
 ) -> list[FcServer]:
-    """Return `count` listening nodes nearer to `target` than all but a few of the honest ones, who know them."""
+    """Return `count` listening nodes nearer to `target` than all but a few of the honest ones, who know them.
+
+    They take records and forget them; with `poisons` they name peers that do not exist.
+    """
     chosen = sorted(_pool(pool), key=lambda entry: entry[0] ^ target)[:count]
     first = len(net.nodes)  # never an address that somebody else had: others may hold its token
     ips = [f"10.200.{place >> 8 & 255}.{place & 255}" for place in range(first, first + count)]
@@ -45,7 +48,7 @@ async def plant(
     introduce(net, planted, honest)
     allies = [contact_of(node) for node in planted]
     for node in planted:
-        corrupt(node, swallow(allies))
+        corrupt(node, poison(net.rng, allies) if poisons else swallow(allies))
     return planted
 
 
@@ -102,6 +105,24 @@ def swallow(allies: Sequence[Contact]) -> Behaviour:
     def behave(name: str, asker: Asker, args: list[Any], answer: Answer) -> Answer:
         target = int.from_bytes(args[0]) if name in ("fn", "gs", "gm") else 0
         return _reply(name, sorted(allies, key=lambda c: c.long_id ^ target), asker, args)
+
+    return behave
+
+
+def poison(rng: random.Random, allies: Sequence[Contact]) -> Behaviour:
+    """As `swallow`, but name ten peers that do not exist for whatever is asked."""
+    honest_looking = swallow(allies)
+
+    def behave(name: str, asker: Asker, args: list[Any], answer: Answer) -> Answer:
+        peers = b"".join(rng.randbytes(20) + bytes((10, 220, rng.randrange(256), 1)) + b"\x23\x28" for _ in range(10))
+        reply = honest_looking(name, asker, args, answer)
+        if name == "gs" and reply is not None:
+            n_contacts = max((asker.room - len(peers) - 130) // 26, 0)
+            return OK, [peers, b"", bytes(20), *pack_contacts(allies[:n_contacts], asker.ip)]
+        if name == "gp":
+            n_keys = min(len(args[1]) // 8, 64)
+            return OK, [peers, b"", bytes((4, 0, 1, 2, 3)) * n_keys, n_keys, b"", b""]
+        return reply
 
     return behave
 

@@ -22,8 +22,9 @@ HONEST = 500 if WHOLE else 200
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("planted", [8, 20, 40] if WHOLE else [8, 20])
-def test_provider_is_found_although_nodes_are_planted_next_to_the_key(planted: int) -> None:
+@pytest.mark.parametrize("poisons", [False, True])
+@pytest.mark.parametrize("planted", [8, 20, 40] if WHOLE else [20])
+def test_provider_is_found_although_nodes_are_planted_next_to_the_key(planted: int, poisons: bool) -> None:
     async def body(net: VirtualNet) -> dict[str, int]:
         nodes = await ideal_network(net, HONEST)
         found = dict.fromkeys(KINDS, 0)
@@ -31,13 +32,13 @@ def test_provider_is_found_although_nodes_are_planted_next_to_the_key(planted: i
             content = random.Random(f"content {number}").randbytes(32)
             for kind in KINDS:
                 publisher, seeker = net.rng.sample(nodes, 2)
-                bad = await plant(net, nodes, key_of(kind, content), planted)
+                bad = await plant(net, nodes, key_of(kind, content), planted, poisons=poisons)
                 found[kind] += await is_found(publisher, seeker, kind, content)
                 remove(bad, nodes)
         return found
 
     found = run(body)
-    print(f"\n{planted} planted among {HONEST}: found {found} of {KEYS}")
+    print(f"\n{planted} planted among {HONEST}, poison {poisons}: found {found} of {KEYS}")
     assert all(count >= 0.95 * KEYS for count in found.values()), found
 
 

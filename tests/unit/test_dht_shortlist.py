@@ -116,3 +116,28 @@ def test_starts_are_asked_first_and_waited_for() -> None:
     assert not shortlist.is_complete()
     far.state = State.SLOW
     assert shortlist.is_complete()
+
+
+def test_too_many_near_the_target_are_suspicious_until_they_are_dead_and_others_never() -> None:
+    shortlist = Shortlist(0, 20, crowds=[(3, 100)])
+    for number in (1, 2, 500):
+        shortlist.add(contact(number, number))
+    first = shortlist.next_to_ask()
+    assert first is not None
+    assert not shortlist.is_crowded()
+    assert not shortlist.is_suspicious(first)
+    shortlist.add(contact(3, 3))
+    assert shortlist.is_crowded()
+    assert shortlist.is_suspicious(first)
+    first.settle(State.DEAD)
+    assert not shortlist.is_crowded()
+    shortlist.add(contact(4, 4))
+    for _ in range(3):
+        near = shortlist.next_to_ask()
+        assert near is not None
+        assert shortlist.is_suspicious(near)
+        near.settle(State.LIVE)
+    far = shortlist.next_to_ask()
+    assert far is not None
+    assert far.contact.long_id == 500
+    assert not shortlist.is_suspicious(far)
