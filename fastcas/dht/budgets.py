@@ -28,6 +28,7 @@ CHALLENGE_PAUSE_S = 30.0  # before the same address is challenged again in vain
 PROOF_S = 3600.0  # an address belongs to who signed there
 PING_STALEST_EVERY_S = 10.0  # with REFRESH_EVERY_S below 0.5 datagrams per second
 STALE_AFTER_S = 30.0
+REFRESH_FIRST_S = 60.0  # when many join at the same time, the first ones know few of them
 REFRESH_EVERY_S = 600.0
 SAVED_CONTACTS_MAX = 400
 SAVE_FIRST_S = 5.0  # then four times as long each time, up to SAVE_EVERY_S

@@ -36,6 +36,15 @@ class NetworkSize:
         """Distinct targets that have been looked at."""
         return len(self._samples)
 
+    @property
+    def latest(self) -> float:
+        """How many nodes the last lookup alone speaks of; 0 before the first."""
+        return next(reversed(self._samples.values()), 0.0)
+
+    def forget(self) -> None:
+        """Start anew: the network is not what it was."""
+        self._samples.clear()
+
     def note(self, target: int, distances: Sequence[int], *, is_all: bool) -> None:
         """Take the result of a complete lookup; a further one of the same target replaces the earlier.
 
@@ -55,16 +64,20 @@ class NetworkSize:
         if len(self._samples) > SAMPLES_MAX:
             self._samples.popitem(last=False)
 
-    def estimate(self, own: float) -> int:
+    def estimate(self, own: tuple[float, float]) -> int:
         """Return about how many other nodes there are, `own` being what `from_table` says."""
-        if not self._samples:
-            return round(own)
-        middle = median(self._samples.values())
-        return round(min(max(middle, own / CLAMP), own * CLAMP)) if own >= NODES_MIN else round(max(middle, own))
+        least, most = own
+        middle = median(self._samples.values()) if self._samples else least
+        if most < NODES_MIN:
+            return round(max(middle, most))
+        return round(min(max(middle, least / CLAMP), most * CLAMP))
 
 
-def from_table(own_id: int, ids: Iterable[int], full: int) -> float:
-    """Return how many other nodes there are by what a routing table holds. Cost: O(table).
+def from_table(own_id: int, ids: Iterable[int], full: int) -> tuple[float, float]:
+    """Return the least and the most other nodes that a routing table speaks of. Cost: O(table).
+
+    The least comes from the largest distances of which we should know everybody, where nodes planted close to us do
+    not count; a young table knows too few there, so that the most comes from nearer ones.
 
     Args:
         own_id: 160-bit.
@@ -72,11 +85,13 @@ def from_table(own_id: int, ids: Iterable[int], full: int) -> float:
         full: From so many contacts with the same number of leading bits as ours there may be others.
     """
     shells = Counter(160 - (number ^ own_id).bit_length() for number in ids)
-    shared = next(bits for bits in range(161) if shells[bits] < full)
-    total = shells.total()
+    total = float(shells.total())
     if total < NODES_MIN:
-        return float(total)
-    return (shells[shared] + shells[shared + 1]) * float(1 << shared + 2) / 3.0
+        return total, total
+    shared = next(bits for bits in range(161) if shells[bits] < full)
+    told = [(shells[bits] + shells[bits + 1], bits) for bits in range(shared, max(shells) + 1)]
+    sizes = [count * float(1 << bits + 2) / 3.0 for count, bits in told if count >= NODES_MIN or bits == shared]
+    return sizes[0] if sizes else total, max([*sizes, total])
 
 
 def _of(distances: Sequence[int]) -> float:

@@ -28,6 +28,7 @@ from fastcas.dht.budgets import (
     REBIND_FIRST_S,
     REBIND_LAST_S,
     REFRESH_EVERY_S,
+    REFRESH_FIRST_S,
     REJOIN_FIRST_S,
     REJOIN_LAST_S,
     RESOLVE_S,
@@ -56,6 +57,7 @@ OpenTransport = Callable[
 ]
 BOOTSTRAP_ROUNDS = 3
 FAR_LOOKUPS = 8
+GROWN = 1.6  # times the estimated size: beyond the chance of one lookup
 
 
 class FcServer(Server):  # type: ignore[misc]
@@ -389,21 +391,29 @@ class FcServer(Server):  # type: ignore[misc]
     async def _refresh_table(self) -> None:
         """Look up our own id or one of the ranges far away, by turns, and the ranges where the table has nobody.
 
-        Everything at once would cost more than all other upkeep; the pings of `_keep_fresh` see to the contacts.
+        Everything at once would cost more than all other upkeep; the pings of `_keep_fresh` see to the contacts. It is
+        worth it where the network has grown since, as it does when many join at the same time.
         """
         if not len(self.protocol.router):
             return
         self._turn += 1
-        own: int = self.protocol.source_node.long_id
-        targets = [own if self._turn % 2 else self._far_target(self._turn // 2 % self._n_far)]
-        targets += [int.from_bytes(node_id) for node_id in self.protocol.get_refresh_ids()[:FAR_LOOKUPS]]
-        for target in targets:
-            await Lookup(self.protocol, target).run()
+        if self._turn % 2:
+            before = self.estimated_nodes
+            await Lookup(self.protocol, self.protocol.source_node.long_id).run()
+            if self.protocol.size.latest > GROWN * before:
+                self.protocol.size.forget()
+                await self._look_around()
+        else:
+            await Lookup(self.protocol, self._far_target(self._turn // 2 % self._n_far)).run()
+        for node_id in self.protocol.get_refresh_ids()[:FAR_LOOKUPS]:
+            await Lookup(self.protocol, int.from_bytes(node_id)).run()
 
     async def _refresh_regularly(self) -> None:
+        pause_s = REFRESH_FIRST_S
         while True:
-            await asyncio.sleep(REFRESH_EVERY_S * (0.9 + 0.2 * self._rng.random()))
+            await asyncio.sleep(pause_s * (0.9 + 0.2 * self._rng.random()))
             await self._refresh_table()
+            pause_s = REFRESH_EVERY_S
 
     @property
     def estimated_nodes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
@@ -44,19 +45,21 @@ def test_planted_nodes_around_targets_and_around_us_change_little() -> None:
     rng = random.Random(1)
     ids = [rng.getrandbits(160) for _ in range(1000)]
     size = NetworkSize()
-    own = from_table(0, ids, 20)
-    assert 500 <= own <= 2000
-    assert from_table(0, ids + [rng.getrandbits(140) for _ in range(40)], 20) == own
+    own = least, most = from_table(0, ids, 20)
+    assert 500 <= least <= most <= 2500
+    planted = from_table(0, ids + [rng.getrandbits(140) for _ in range(40)], 20)
+    assert planted[0] == least
     for _ in range(31):
         target = rng.getrandbits(160)
         size.note(target, distances(ids, target), is_all=False)
     before = size.estimate(own)
+    assert size.estimate(planted) == before
     for _ in range(100):
         size.note(77, list(range(1, 21)), is_all=False)
     assert abs(size.estimate(own) - before) < 0.1 * before
     for target in range(100):
         size.note(target, list(range(1, 21)), is_all=False)
-    assert size.estimate(own) <= 1.5 * own
+    assert size.estimate(own) <= 1.5 * most
 
 
 def test_estimate_follows_a_network_that_grows() -> None:
@@ -95,5 +98,17 @@ def test_node_that_made_lookups_knows_the_size_of_its_network(n: int) -> None:
             await measure_lookups(net, [node], 20, living=nodes)
             assert 0.75 * n <= node.estimated_nodes <= 1.25 * n
             assert node.statistics()["nodes_estimated"] == node.estimated_nodes
+
+    run(body)
+
+
+@pytest.mark.slow
+def test_everybody_knows_the_size_soon_after_many_joined_at_the_same_time() -> None:
+    async def body(net: VirtualNet) -> None:
+        nodes = await net.grow(120)
+        await asyncio.sleep(90)
+        estimates = sorted(node.estimated_nodes for node in nodes)
+        assert estimates[12] >= 0.75 * 120
+        assert estimates[-12] <= 1.35 * 120
 
     run(body)
