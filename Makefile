@@ -10,7 +10,7 @@ C_FILES := $(shell find csrc -name '*.c')
 C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
 .PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean parity-patterns
-.PHONY: dht-hostile dht-real bench-dht
+.PHONY: dht-hostile dht-real dht-attacks dht-churn bench-dht
 
 build: $(STAMP)
 
@@ -61,6 +61,14 @@ dht-real: build
 parity-patterns: build
 	$(PY) -m pip install --quiet --disable-pip-version-check galois==0.4.11
 	FASTCAS_PARITY_PATTERNS=all $(PY) -m pytest -q tests/kernels/test_parity_patterns.py
+
+# 8, 20 and 40 nodes planted next to each of 20 keys of every kind among 500, and 10 % and 20 % that lie
+dht-attacks: build
+	FASTCAS_DHT_KEYS=20 $(PY) -m pytest -q -s --timeout 900 tests/unit/test_dht_attacks.py
+
+# 24 virtual hours of 40 nodes that live for an hour each (median), about four minutes
+dht-churn: build
+	FASTCAS_CHURN_NODES=40 FASTCAS_CHURN_HOURS=24 $(PY) -m pytest -q -s --timeout 1800 tests/unit/test_dht_churn.py
 
 bench: bench-tools
 	$(PY) -m bench.fetch

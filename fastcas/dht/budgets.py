@@ -12,7 +12,9 @@ KEYS_PER_ANNOUNCE = 130  # 8-byte keys in one `ap` datagram
 KEYS_PER_QUERY = 96
 FILES_PER_ANNOUNCE = 48  # 22-byte items in one `as` datagram
 CONTACTS_PER_REPLY = 20
-CONTACTS_BESIDE_RECORDS = 8
+CONTACTS_PER_REPLY_MAX = 40  # when asked for; what fits one datagram
+CONTACTS_BESIDE_RECORDS = 8  # room kept for them; more where records leave it
+CONTACTS_BESIDE_METADATA = 4
 PAD_TO = 400  # bytes of a request without a token, so that three times it holds a full reply
 
 # --- table ---
@@ -23,8 +25,10 @@ PER_SUBNET_TABLE = 10
 FAILURES_MAX = 2  # unanswered requests in a row before a contact is given up
 CHALLENGES_IN_FLIGHT = 64
 CHALLENGE_PAUSE_S = 30.0  # before the same address is challenged again in vain
-PING_STALEST_EVERY_S = 8.0
+PROOF_S = 3600.0  # an address belongs to who signed there
+PING_STALEST_EVERY_S = 10.0  # with REFRESH_EVERY_S below 0.5 datagrams per second
 STALE_AFTER_S = 30.0
+REFRESH_FIRST_S = 60.0  # when many join at the same time, the first ones know few of them
 REFRESH_EVERY_S = 600.0
 SAVED_CONTACTS_MAX = 400
 SAVE_PAUSE_S = 1.0  # after a change worth saving; several go into one write
@@ -42,10 +46,22 @@ OUTSTANDING_MAX = 8192
 TIMER_GRAIN_S = 0.001  # what is due within it is due now: event loops count milliseconds
 
 # --- lookups ---
-ALPHA = 4
+ALPHA = 5
+ALPHA_MAX = 10  # after contacts that did not answer
 LOOKUP_RPCS_MAX = 120
 LOOKUP_S = 10.0
-SHORTLIST_MAX = 3 * KSIZE * 4
+SHORTLIST_MAX = 1000
+LIES_MAX = 6  # dead contacts that a node may name, besides three for each that lives
+
+# --- what searches remember ---
+REGION_S = 600.0
+PROVIDERS_S = 600.0
+PROVIDERS_FEW_S = 60.0  # so long a result with fewer peers than wanted is repeated without asking anybody
+MISS_FIRST_S = 30.0
+MISS_LAST_S = 300.0
+CACHED_KEYS_MAX = 200_000
+CACHED_REGIONS_MAX = 20_000
+PROBES_MAX = 6  # requests to get three answers from the nearest nodes of a known key
 
 # --- sources ---
 RATE_UNPROVEN = 20.0  # requests per second of one source
@@ -90,6 +106,7 @@ HOLDERS_CHUNK = 8
 HOLDERS_FILE = 20
 SPARSE_KEYS = 2  # a region with so few keys is not enumerated: each key looks for its own holders
 WALKERS = 8
+FIND_WALKERS = 32  # somebody waits: 5,000 keys within 10 s when half of the nodes are dead
 WINDOW_TOTAL = 256  # datagrams in flight, all holders together
 WINDOW_NODE_FIRST = 4
 WINDOW_NODE_MAX = 32

@@ -75,12 +75,14 @@ class Call(asyncio.Future["Reply | None"]):
 
 @dataclass(slots=True)
 class Path:
-    """What we know of one address: smoothed round trip, its variation, and the token it gave us."""
+    """What we know of one address: smoothed round trip, its variation, the token it gave us, who signed there."""
 
     srtt_s: float = 0.0
     var_s: float = 0.0
     token: bytes = b""
     token_until: float = 0.0
+    node_id: bytes = b""
+    node_id_until: float = 0.0
 
     @property
     def rto_s(self) -> float:
@@ -142,9 +144,13 @@ class Calls:
             self._paths.move_to_end(address)
         return path
 
+    def known_path(self, address: Address) -> Path | None:
+        """Return what is known of an address, or None; does not count as use."""
+        return self._paths.get(address)
+
     def token_of(self, address: Address) -> bytes:
         """Return the fresh token that an address gave us, or nothing."""
-        path = self._paths.get(address)
+        path = self.known_path(address)
         return path.token if path is not None and path.token_until > self._clock() else b""
 
     def new_id(self) -> bytes:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastcas.dht.budgets import (
+    CONTACTS_BESIDE_METADATA,
     CONTACTS_BESIDE_RECORDS,
     CONTACTS_PER_REPLY,
+    CONTACTS_PER_REPLY_MAX,
     DATAGRAM_MAX,
     METADATA_VALUE_MAX,
     PEERS_PER_REPLY,
@@ -98,7 +100,7 @@ class Handlers:
 
     def _fn(self, asker: Asker, args: list[Any]) -> tuple[int, list[Any]]:
         room = asker.room - REPLY_OVERHEAD - 2 * BLOB_OVERHEAD
-        return OK, list(self._nodes(asker, args[0], min(args[1], CONTACTS_PER_REPLY), room))
+        return OK, list(self._nodes(asker, args[0], min(args[1], CONTACTS_PER_REPLY_MAX), room))
 
     def _gp(self, asker: Asker, args: list[Any]) -> tuple[int, list[Any]]:
         target, keys, want = args[0], args[1], min(args[2], PEERS_PER_REPLY)
@@ -135,9 +137,8 @@ class Handlers:
 
     def _gs(self, asker: Asker, args: list[Any]) -> tuple[int, list[Any]]:
         key, want = args[0], min(args[1], PEERS_PER_REPLY)
-        room = asker.room - REPLY_OVERHEAD - 5 * BLOB_OVERHEAD
-        nodes4, nodes6 = self._nodes(asker, key, CONTACTS_BESIDE_RECORDS, room // 2)
-        packer = PeerPacker(asker.ip, room - len(nodes4) - len(nodes6) - 2 * want)
+        room = asker.room - REPLY_OVERHEAD - 5 * BLOB_OVERHEAD - 2 * want
+        packer = PeerPacker(asker.ip, room - min(CONTACTS_BESIDE_RECORDS * V4_SIZE, room // 2))
         places: dict[tuple[int, int], int] = {}
         own = self._provided.have_of(key)
         if own is not None:
@@ -152,7 +153,9 @@ class Handlers:
                 places[place] = have
         in_order = sorted(places, key=packer.position)
         have2 = b"".join(places[place].to_bytes(2) for place in in_order)
-        return OK, [*packer.blobs(), have2, nodes4, nodes6]
+        peers4, peers6 = packer.blobs()
+        nodes = self._nodes(asker, key, CONTACTS_PER_REPLY, room - len(peers4) - len(peers6))
+        return OK, [peers4, peers6, have2, *nodes]
 
     def _gm(self, asker: Asker, args: list[Any]) -> tuple[int, list[Any]]:
         key, skip = args
@@ -162,22 +165,22 @@ class Handlers:
         if own is not None:
             held[own.public] = own
         records = sorted(held.values(), key=lambda record: record.public)
-        nodes4, nodes6 = (b"", b"") if skip else self._nodes(asker, key, 4, room // 2)
-        room -= len(nodes4) + len(nodes6)
+        reserved = 0 if skip else min(CONTACTS_BESIDE_METADATA * V4_SIZE, room // 2)
         sent: list[list[Any]] = []
         for record in records[skip:]:
             size = 32 + 64 + len(record.value) + 2 * 9 + 4 * BLOB_OVERHEAD
-            if size > room:
+            if size > room - reserved:
                 break
             room -= size
             sent.append([record.public, record.seq, record.expires, record.value, record.signature])
-        return OK, [len(records), sent, nodes4, nodes6]
+        nodes = (b"", b"") if skip else self._nodes(asker, key, CONTACTS_PER_REPLY, room)
+        return OK, [len(records), sent, *nodes]
 
     def _nodes(self, asker: Asker, target: bytes, count: int, room: int) -> tuple[bytes, bytes]:
         count = min(count, room // V4_SIZE)
         if count < 1:
             return b"", b""
-        nearest = self._table.nearest(int.from_bytes(target), count, exclude=(asker.ip, asker.port))
+        nearest = self._table.nearest_to_tell(int.from_bytes(target), count, (asker.ip, asker.port))
         nodes4, nodes6 = pack_contacts(nearest, asker.ip)
         while len(nodes4) + len(nodes6) > room:
             nearest.pop()

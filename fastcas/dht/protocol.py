@@ -24,7 +24,9 @@ from fastcas.dht.budgets import (
     DATAGRAM_MAX,
     DATAGRAM_MIN,
     FLAG_READ_ONLY,
+    KSIZE,
     PAD_TO,
+    PROOF_S,
     RPC_HARD_S,
     SIGNATURES_PER_S,
     SOURCES_MAX,
@@ -35,6 +37,7 @@ from fastcas.dht.contacts import Address, Contact, pack_address, parse_ip
 from fastcas.dht.guard import MAC_SIZE, TOKEN_SIZE, NetworkKey, SourceBuckets, TokenBucket, TokenJar
 from fastcas.dht.handlers import Asker, Handlers
 from fastcas.dht.identity import Identity, challenge_text, id_of, verify
+from fastcas.dht.network_size import NetworkSize, from_table
 from fastcas.dht.provided import Provided
 from fastcas.dht.records import HintStore, MetadataStore, SwarmStore
 from fastcas.dht.table import FcTable
@@ -81,8 +84,9 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
         self._tokens = TokenJar(clock)
         me = Contact(identity.node_id, "", 0)
         self.own_addresses: set[Address] = set()
-        super().__init__(me, None, 20)
+        super().__init__(me, None, KSIZE)
         self.router: FcTable = FcTable(self, me, on_change=on_table_change)
+        self.size = NetworkSize()
         self.provided = Provided()
         self.hints = HintStore(clock)
         self.swarms = SwarmStore(clock)
@@ -305,7 +309,24 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
         """Whether a contact is this node."""
         return contact.id == self.identity.node_id or contact.address in self.own_addresses
 
-    def _challenge(self, address: Address, node_id: bytes | None) -> asyncio.Future[Contact | None]:
+    def estimated_nodes(self) -> int:
+        """Return about how many nodes the network has, this one included unless it only asks. Cost: O(table)."""
+        own = self.source_node.long_id
+        others = self.size.estimate(from_table(own, (contact.long_id for contact in self.router), KSIZE))
+        return others + (0 if self.is_read_only else 1)
+
+    def prove(self, contact: Contact, on_slow: Callable[[], None]) -> asyncio.Future[Contact | None]:
+        """Challenge a contact, whatever the table thinks of it; None unless it has the id that it is said to have."""
+        return self._challenge(contact.address, contact.id, on_slow)
+
+    def who_signed_at(self, address: Address) -> bytes | None:
+        """Return the id that was proved at an address within the last hour."""
+        path = self._calls.known_path(address)
+        return path.node_id if path is not None and path.node_id_until > self._clock() else None
+
+    def _challenge(
+        self, address: Address, node_id: bytes | None, on_slow: Callable[[], None] | None = None
+    ) -> asyncio.Future[Contact | None]:
         """Ping with a nonce; the contact enters the table when it signs it. The future gets it, or None."""
         result: asyncio.Future[Contact | None] = asyncio.get_running_loop().create_future()
         nonce = secrets.token_bytes(16)
@@ -315,6 +336,9 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
             self._challenging.discard(address)
             reply = None if future.cancelled() else future.result()
             contact = self._proven(address, nonce, reply)
+            if contact is not None:
+                path = self._calls.path(address)
+                path.node_id, path.node_id_until = contact.id, self._clock() + PROOF_S
             if contact is None or (node_id is not None and contact.id != node_id):
                 self._failed_challenges[address] = self._clock()
                 if len(self._failed_challenges) > SOURCES_MAX:
@@ -327,7 +351,7 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
             if not result.done():
                 result.set_result(contact)
 
-        self.request(address, "ping", [nonce]).add_done_callback(answered)
+        self.request(address, "ping", [nonce], on_slow=on_slow).add_done_callback(answered)
         return result
 
     async def ping(self, address: Address) -> Contact | None:

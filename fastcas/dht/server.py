@@ -27,6 +27,7 @@ from fastcas.dht.budgets import (
     REBIND_FIRST_S,
     REBIND_LAST_S,
     REFRESH_EVERY_S,
+    REFRESH_FIRST_S,
     REJOIN_FIRST_S,
     SAVE_EVERY_S,
     SAVE_PAUSE_S,
@@ -120,7 +121,7 @@ class FcServer(Server):  # type: ignore[misc]
             rate_Bps=announce_rate_Bps,
             on_progress=self._save_wanted.set,
         )
-        self.finder = Finder(self.protocol, self._may_use, wall)
+        self.finder = Finder(self.protocol, self._may_use, clock, wall)
 
     def _create_protocol(self) -> FcProtocol:
         return FcProtocol(
@@ -321,23 +322,16 @@ class FcServer(Server):  # type: ignore[misc]
             await Lookup(self.protocol, target).run()
 
     async def _refresh_regularly(self) -> None:
+        pause_s = REFRESH_FIRST_S
         while True:
-            await asyncio.sleep(REFRESH_EVERY_S * (0.9 + 0.2 * self._rng.random()))
+            await asyncio.sleep(pause_s * (0.9 + 0.2 * self._rng.random()))
             await self._refresh_table()
-
-    def estimate_nodes(self) -> int:
-        """Return about how many nodes the network has, from the distances of the nearest ones to us."""
-        own = self.protocol.source_node.long_id
-        nearest = self.protocol.router.nearest(own, KSIZE)
-        if len(nearest) < KSIZE:
-            return len(self.protocol.router) + (0 if self._is_client else 1)
-        samples: list[int] = [(i + 1) * (1 << 160) // max(c.long_id ^ own, 1) for i, c in enumerate(nearest)]
-        return max(sum(samples) // len(samples), len(self.protocol.router))
+            pause_s = REFRESH_EVERY_S
 
     @property
     def estimated_nodes(self) -> int:
         """About how many nodes the network has, this one included unless it is a client."""
-        return self.estimate_nodes()
+        return self.protocol.estimated_nodes()
 
     def statistics(self) -> dict[str, Any]:
         """Return counters and sizes for people; "drops" has the datagrams that were dropped, by cause."""

@@ -28,7 +28,8 @@ from fastcas.dht.contacts import Contact
 from fastcas.dht.holders import HolderBook, Pacer
 from fastcas.dht.lookup import Lookup
 from fastcas.dht.protocol import FcProtocol, Reply
-from fastcas.dht.regions import Region, allocate, id_key, walk
+from fastcas.dht.regions import Region, allocate, id_key, walk, within_reach
+from fastcas.dht.vicinity import Vicinity
 from fastcas.dht.wire import FULL, OK
 
 __all__ = ["NOTHING_SENT", "Sweep", "SweepReport", "sparse_keys"]
@@ -124,7 +125,7 @@ class Sweep:
 
         asked_before = self._protocol.counters["rpc_fn"]
         async with asyncio.TaskGroup() as group:
-            walking = group.create_task(walk(self._protocol, self._keys[dense], dense_region))
+            walking = group.create_task(walk(self._protocol, self._keys[dense], dense_region, r=self._r))
             alone = group.create_task(self._one_by_one(np.flatnonzero(sparse)))
         # Lookups of others meanwhile, a table that is refreshed say, are counted, too.
         self._bytes += LOOKUP_RPC_BYTES * (self._protocol.counters["rpc_fn"] - asked_before)
@@ -140,8 +141,12 @@ class Sweep:
 
         async def walker() -> None:
             for position in todo:
-                result = await Lookup(self._protocol, int(self._keys[position]) << 96, k=self._r).run()
-                await self._region(np.array([position], dtype=np.intp), result.nodes)
+                target = int(self._keys[position]) << 96
+                nodes = (await Lookup(self._protocol, target, k=self._r).run()).nodes
+                vicinity = Vicinity(self._protocol, target)
+                if vicinity.is_crowded(nodes):  # somebody planted nodes there: whoever is behind them holds it, too
+                    nodes, _ = await vicinity.everybody(nodes)
+                await self._region(np.array([position], dtype=np.intp), nodes)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(WALKERS, len(positions))):
@@ -157,14 +162,15 @@ class Sweep:
             ids.append(id_key(self._protocol.identity.node_id))
         if not ids:
             return
-        nearest = allocate(self._keys[positions], np.array(ids, dtype=np.uint64), min(2 * self._r, len(ids)))
-        chosen = nearest[:, : self._r]
+        keys, places = self._keys[positions], np.array(ids, dtype=np.uint64)
+        nearest = allocate(keys, places, min(2 * self._r, len(ids)))
+        takes = within_reach(keys, places, nearest, self._protocol.estimated_nodes(), self._r)
         if self._counts_self:
-            self._own[positions[(chosen == me).any(axis=1)]] = True
+            self._own[positions[takes[:, me]]] = True
         region = _Allocated(positions, nodes, nearest)
         async with asyncio.TaskGroup() as group:
             for number in range(len(nodes)):
-                rows = np.flatnonzero((chosen == number).any(axis=1))
+                rows = np.flatnonzero(takes[:, number])
                 if len(rows):
                     group.create_task(self._store_or_replace(region, number, rows))
 

@@ -8,7 +8,6 @@ edges are consistent; the neighbours of a target are the exact nearest ones; the
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterator
 from itertools import chain
 
@@ -218,6 +217,10 @@ class FcTable(RoutingTable):  # type: ignore[misc]
         """Return the unproven contacts of a contact's bucket, newest first."""
         return list(self.bucket_of(node.id).replacement_nodes.values())[::-1]
 
+    def candidates_near(self, target: int) -> list[Contact]:
+        """Return the unproven contacts of the bucket around a target."""
+        return list(self.buckets[self._index(target)].replacement_nodes.values())
+
     def stalest(self) -> Contact | None:
         """Return the verified contact that has been silent longest."""
         return min(self, key=lambda contact: contact.last_seen, default=None)
@@ -227,9 +230,38 @@ class FcTable(RoutingTable):  # type: ignore[misc]
         return self.nearest(node.long_id, k or self.ksize, exclude=None if exclude is None else exclude.address)
 
     def nearest(self, target: int, k: int, *, exclude: Address | None = None) -> list[Contact]:
-        """Return the exact `k` verified contacts nearest to a target (XOR), nearest first. Cost: O(table)."""
-        pool = (contact for contact in self if contact.address != exclude)
-        return heapq.nsmallest(k, pool, key=lambda contact: contact.long_id ^ target)
+        """Return the exact `k` verified contacts nearest to a target (XOR), nearest first.
+
+        Cost: sorts the buckets, and the contacts of as many as are needed.
+        """
+        found: list[Contact] = []
+        for bucket in self._by_distance(target):
+            contacts = [contact for contact in bucket.nodes.values() if contact.address != exclude]
+            found += sorted(contacts, key=lambda contact: contact.long_id ^ target)
+            if len(found) >= k:
+                break
+        return found[:k]
+
+    def nearest_to_tell(self, target: int, k: int, asker: Address) -> list[Contact]:
+        """Return `k` contacts for a reply: the nearest that owe no answer, then the nearest that do."""
+        owing: list[Contact] = []
+        found: list[Contact] = []
+        for bucket in self._by_distance(target):
+            for contact in sorted(bucket.nodes.values(), key=lambda contact: contact.long_id ^ target):
+                if contact.address != asker:
+                    (owing if contact.failures else found).append(contact)
+            if len(found) >= k:
+                break
+        return (found + owing)[:k]
+
+    def _by_distance(self, target: int) -> list[FcBucket]:
+        """Return the buckets in order of distance; each is a range of distances, since it is one of prefixes."""
+
+        def distance(bucket: FcBucket) -> int:
+            low, high = bucket.range
+            return (low ^ target) & ~(high - low)
+
+        return sorted(self.buckets, key=distance)
 
     def lonely_buckets(self) -> list[FcBucket]:
         """Return the buckets in which nobody has answered for long; the package's refresh asks for them."""

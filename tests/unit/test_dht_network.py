@@ -11,6 +11,7 @@ from fastcas.dht.finder import Finder
 from fastcas.dht.lookup import Lookup
 from fastcas.dht.peerlist import Peer
 from fastcas.dht.provided import keys_of, metadata_key
+from fastcas.dht.records import MetadataStore
 from fastcas.dht.server import FcServer
 from tests.support.virtual_net import DATA_PORT, VirtualNet, address_of, run, true_nearest
 
@@ -319,5 +320,43 @@ def test_lookup_in_a_network_that_splits_and_heals_finds_everybody_again() -> No
         net.carry = carry  # type: ignore[method-assign]
         await asyncio.sleep(600)
         assert all(len(node.protocol.router) == 11 for node in nodes)
+
+    run(body)
+
+
+def test_requests_with_more_elements_than_known_are_answered() -> None:
+    async def body(net: VirtualNet) -> None:
+        nodes = await net.grow(2)
+        await nodes[0].announcer.put_metadata(FILE, "x", 1, FILE)
+        asker, holder = nodes[1].protocol, nodes[0].protocol
+        contact = asker.router.get(nodes[0].identity.node_id)
+        assert contact is not None
+        await asker.ask(contact, "fn", [FILE[:20], 1])
+        requests: list[tuple[str, list[object]]] = [
+            ("ping", [bytes(16)]),
+            ("fn", [bytes(20), 20]),
+            ("gp", [b"", bytes(8), 1]),
+            ("gs", [bytes(20), 1]),
+            ("gm", [bytes(20), 0]),
+            ("ap", [DATA_PORT, 60, bytes(8)]),
+            ("as", [DATA_PORT, 60, bytes(22)]),
+            ("pm", [bytes(20), bytes(32), 1, 1, b"x", bytes(64)]),
+            ("wd", [0, b""]),
+        ]
+        for name, args in requests:
+            assert await asker.ask(contact, name, [*args, b"padding"]) is not None, name
+        assert holder.counters["drop_malformed"] == 0
+
+    run(body)
+
+
+def test_metadata_is_found_by_who_has_never_asked_its_holders_before() -> None:
+    async def body(net: VirtualNet) -> None:
+        nodes = await net.grow(3)
+        await nodes[0].announcer.put_metadata(FILE, "x", 1, FILE)
+        asker = nodes[1].protocol
+        asker.metadata = MetadataStore(asker._clock, lambda: 0.0)  # its own copy is no answer
+        asker._paths.clear()
+        assert len(await nodes[1].finder.get_metadata(FILE, 10.0)) == 1
 
     run(body)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastcas.dht.contacts import Contact, pack_contacts, parse_contacts
-from fastcas.dht.regions import allocate
+from fastcas.dht.network_size import crowds, expected_distance
+from fastcas.dht.regions import allocate, within_reach
 from fastcas.dht.table import FcTable
 
 OWN = 1 << 159
@@ -117,6 +118,42 @@ def test_allocation_is_brute_force(keys: list[int], nodes: list[int], r: int) ->
     got = allocate(np.array(sorted(keys), dtype=np.uint64), np.array(nodes, dtype=np.uint64), r)
     for row, key in zip(got.tolist(), sorted(keys), strict=True):
         assert [nodes[i] for i in row] == sorted(nodes, key=lambda node: node ^ key)[:r]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=50, unique=True),
+    st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=60, unique=True),
+    st.integers(0, 30),
+    st.integers(20, 2000),
+    st.sampled_from([8, 20]),
+)
+def test_holders_are_the_nearest_and_where_there_is_a_crowd_all_within_reach(
+    keys: list[int], nodes: list[int], planted: int, n_nodes: int, r: int
+) -> None:
+    keys = sorted(keys)
+    nodes = list(dict.fromkeys(nodes + [keys[0] ^ number for number in range(1, planted + 1)]))
+    key_array, id_array = np.array(keys, dtype=np.uint64), np.array(nodes, dtype=np.uint64)
+    takes = within_reach(key_array, id_array, allocate(key_array, id_array, 2 * r), n_nodes, r)
+    reach = expected_distance(20, n_nodes) >> 96
+    for row, key in zip(takes.tolist(), keys, strict=True):
+        order = sorted(nodes, key=lambda node: node ^ key)
+        crowd = [count for count, limit in crowds(n_nodes) if count <= min(2 * r, len(nodes))
+                 if order[count - 1] ^ key < limit >> 96]  # fmt: skip
+        expected = set(order[:r])
+        if r == 20 or crowd:
+            expected |= {node for node in nodes if node ^ key <= reach}
+        assert {node for node, taken in zip(nodes, row, strict=True) if taken} == expected
+
+
+def test_contacts_that_owe_an_answer_are_told_last() -> None:
+    table = table_of([1, 2, 3, 4])
+    owing = table.get((1).to_bytes(20))
+    assert owing is not None
+    table.note_failure(owing)
+    assert [c.long_id for c in table.nearest_to_tell(0, 4, ("", 0))] == [2, 3, 4, 1]
+    assert [c.long_id for c in table.nearest_to_tell(0, 3, ("", 0))] == [2, 3, 4]
+    assert [c.long_id for c in table.nearest_to_tell(0, 4, ("10.0.0.2", 8468))] == [3, 4, 1]
 
 
 def test_contacts_survive_packing_and_loopback_is_told_over_loopback_only() -> None:

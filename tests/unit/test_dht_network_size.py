@@ -1,0 +1,114 @@
+"""The estimate of a network's size against networks whose size is known, and against planted nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from fastcas.dht.network_size import NetworkSize, expected_distance, from_table, is_crowded
+from tests.support.dht_sim import ideal_network, measure_lookups
+from tests.support.virtual_net import VirtualNet, run
+
+SPACE = 1 << 160
+
+
+def distances(ids: list[int], target: int, k: int = 20) -> list[int]:
+    return sorted(number ^ target for number in ids)[:k]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [100, 1000, 5000])
+def test_estimate_is_within_a_quarter_after_32_lookups(n: int) -> None:
+    for seed in range(10):
+        rng = random.Random(seed)
+        ids = [rng.getrandbits(160) for _ in range(n)]
+        size = NetworkSize()
+        for _ in range(32):
+            target = rng.getrandbits(160)
+            size.note(target, distances(ids, target), is_all=False)
+        assert 0.75 * n <= size.estimate(from_table(ids[0], ids[1:], n)) <= 1.25 * n, seed
+
+
+def test_network_smaller_than_a_lookup_is_counted() -> None:
+    size = NetworkSize()
+    assert size.estimate(from_table(0, [], 20)) == 0
+    assert size.estimate(from_table(0, [5, 9], 20)) == 2
+    size.note(1, [3, 4, 5], is_all=True)
+    assert size.estimate(from_table(0, [3], 20)) == 3
+    size.note(2, [3, 4, 5], is_all=False)
+    assert size.n_samples == 1
+
+
+def test_planted_nodes_around_targets_and_around_us_change_little() -> None:
+    rng = random.Random(1)
+    ids = [rng.getrandbits(160) for _ in range(1000)]
+    size = NetworkSize()
+    own = least, most = from_table(0, ids, 20)
+    assert 500 <= least <= most <= 2500
+    planted = from_table(0, ids + [rng.getrandbits(140) for _ in range(40)], 20)
+    assert planted[0] == least
+    for _ in range(31):
+        target = rng.getrandbits(160)
+        size.note(target, distances(ids, target), is_all=False)
+    before = size.estimate(own)
+    assert size.estimate(planted) == before
+    for _ in range(100):
+        size.note(77, list(range(1, 21)), is_all=False)
+    assert abs(size.estimate(own) - before) < 0.1 * before
+    for target in range(100):
+        size.note(target, list(range(1, 21)), is_all=False)
+    assert size.estimate(own) <= 1.5 * most
+
+
+def test_estimate_follows_a_network_that_grows() -> None:
+    rng = random.Random(3)
+    ids = [rng.getrandbits(160) for _ in range(1000)]
+    size = NetworkSize()
+    for _ in range(32):
+        target = rng.getrandbits(160)
+        size.note(target, distances(ids[:100], target), is_all=False)
+    assert size.estimate(from_table(0, ids, 20)) >= 400
+
+
+@pytest.mark.slow
+def test_crowd_is_seen_and_chance_is_not() -> None:
+    rng = random.Random(2)
+    ids = [rng.getrandbits(160) for _ in range(1000)]
+    by_chance = 0
+    for _ in range(1000):
+        target = rng.getrandbits(160)
+        near = distances(ids, target)
+        by_chance += is_crowded(near, 1000)
+        planted = [target ^ rng.getrandbits(140) for _ in range(8)]
+        assert is_crowded(distances(ids + planted, target), 1000)
+    assert by_chance <= 3
+    assert not is_crowded([1, 2, 3], 3)
+    assert expected_distance(20, 10) == SPACE
+    assert expected_distance(20, 40) == SPACE // 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [100, 1000])
+def test_node_that_made_lookups_knows_the_size_of_its_network(n: int) -> None:
+    async def body(net: VirtualNet) -> None:
+        nodes = await ideal_network(net, n)
+        for node in nodes[:5]:
+            await measure_lookups(net, [node], 20, living=nodes)
+            assert 0.75 * n <= node.estimated_nodes <= 1.25 * n
+            assert node.statistics()["nodes_estimated"] == node.estimated_nodes
+
+    run(body)
+
+
+@pytest.mark.slow
+def test_everybody_knows_the_size_soon_after_many_joined_at_the_same_time() -> None:
+    async def body(net: VirtualNet) -> None:
+        nodes = await net.grow(120)
+        await asyncio.sleep(90)
+        estimates = sorted(node.estimated_nodes for node in nodes)
+        assert estimates[12] >= 0.75 * 120
+        assert estimates[-12] <= 1.35 * 120
+
+    run(body)
