@@ -12,7 +12,7 @@ import pytest
 from fastcas.dht.budgets import HINTS_MAX, PER_SUBNET_SWARM, PROVIDERS_MAX, RPC_HARD_S, SUBNET_SHARE
 from fastcas.dht.contacts import Contact
 from fastcas.dht.lookup import Lookup
-from fastcas.dht.provided import keys_of
+from fastcas.dht.provided import keys_of, metadata_key
 from fastcas.dht.records import HintStore
 from fastcas.dht.server import FcServer
 from fastcas.dht.wire import REQUEST, encode
@@ -171,6 +171,7 @@ def test_jump_of_the_wall_clock_changes_no_record_held_and_no_lookup() -> None:
             assert await nodes[4].finder.find_chunks(hashes, 4, 10.0, lambda news: None) == 200
             assert await nodes[4].finder.find_file(file, 4, 10.0, lambda peers: None) == 1
             assert len(await nodes[4].finder.get_metadata(file, 10.0)) == 1
+            assert all(node.protocol.metadata.get(metadata_key(file)) for node in nodes if node is not nodes[1])
             assert all(node.protocol.n_outstanding == 0 for node in nodes)
 
     run(body)

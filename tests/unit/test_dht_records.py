@@ -69,6 +69,10 @@ def test_hints_cost_at_most_40_bytes_each_when_settled() -> None:
     packed = sum(s.keys.nbytes + s.providers.nbytes + s.expires.nbytes for s in store._segments)
     assert packed <= 16 * store.n_hints
     assert store.n_hints == len(set(keys.tolist()))
+    for start in range(0, len(keys), 130):
+        store.put(node(1), "10.0.0.1", 1, 9000, keys[start : start + 130].tobytes(), 3600)
+    store._merge(everything=True)
+    assert store.n_hints == len(set(keys.tolist()))  # announcing again adds nothing
     assert store.get(int(keys[777]), 16)[0].data_port == 9000
 
 
