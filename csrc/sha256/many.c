@@ -129,6 +129,27 @@ static void step_longest_two(const fcas_sha256_kernel *kernel, lane lanes[], siz
     advance(two.b, nblocks);
 }
 
+/* Each two neighbours by as many blocks as the shorter has; of an odd number the last waits for the next step. */
+static void step_pairs(const fcas_sha256_kernel *kernel, lane lanes[], size_t n)
+{
+    lane *waiting = NULL;
+
+    for (size_t i = 0; i < n; i++) {
+        lane *l = &lanes[i];
+        if (l->is_idle)
+            continue;
+        if (waiting == NULL) {
+            waiting = l;
+            continue;
+        }
+        size_t nblocks = l->nblocks < waiting->nblocks ? l->nblocks : waiting->nblocks;
+        kernel->compress2(waiting->state, waiting->p, l->state, l->p, nblocks);
+        advance(waiting, nblocks);
+        advance(l, nblocks);
+        waiting = NULL;
+    }
+}
+
 /* The two that have most left run beside the others, at FCAS_SHA256_PACE times their pace: until one ends, or,
  * if none waits to follow it, until the third is as long. */
 static void step_beside(const fcas_sha256_kernel *kernel, lane lanes[], size_t n, int is_last_of_queue)
@@ -156,7 +177,7 @@ static void step_beside(const fcas_sha256_kernel *kernel, lane lanes[], size_t n
             nblocks = l->nblocks;
     }
     if (nblocks == 0) { /* all are short */
-        step_longest_two(kernel, lanes, n);
+        step_pairs(kernel, lanes, n);
         return;
     }
     for (; n_used < kernel->n_lanes; n_used++) {

@@ -76,7 +76,7 @@ def chunk_passes(data: Buffer, chunk_size: int, chain: bytes, *, kernel: str | N
     Raises:
         UsageError: A length is wrong; nothing was hashed.
         KernelUnavailable: No such kernel here.
-    Cost: as so many chunk_pass(); eight chunks or more, of a multiple of 512 bytes, at 0.8 of it with shani_x10.
+    Cost: as so many chunk_pass(); eight chunks or more, of a multiple of 512 bytes, at 0.75 of it with shani_x10.
     """
 
 class Sha256:
