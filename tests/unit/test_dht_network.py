@@ -356,7 +356,7 @@ def test_metadata_is_found_by_who_has_never_asked_its_holders_before() -> None:
         await nodes[0].announcer.put_metadata(FILE, "x", 1, FILE)
         asker = nodes[1].protocol
         asker.metadata = MetadataStore(asker._clock, lambda: 0.0)  # its own copy is no answer
-        asker._paths.clear()
+        asker._calls._paths.clear()
         assert len(await nodes[1].finder.get_metadata(FILE, 10.0)) == 1
 
     run(body)
