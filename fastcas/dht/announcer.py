@@ -383,9 +383,7 @@ class Announcer:
 
     async def _run(self, kind: _Kind, keys: U64, **options: Any) -> SweepReport:
         async with kind.turn:
-            n_nodes = self._count_nodes()
-            sweep = Sweep(self._protocol, keys, pacer=self._pacer, book=kind.book, n_nodes=n_nodes, **options)
-            report = await sweep.run()
+            report = await Sweep(self._protocol, keys, pacer=self._pacer, book=kind.book, **options).run()
         # A walk meets nodes that the table does not have: only more than those are a network that has grown.
         kind.n_nodes = max(kind.n_nodes, report.n_nodes)
         if not report.n_nodes:

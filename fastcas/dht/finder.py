@@ -211,11 +211,12 @@ class Finder:
                 self.regions.put(*span(target, depth_of(target, result.nodes)), result.nodes)
             return not result.is_cut
         everybody, _ = await vicinity.everybody(result.nodes)
-        for contact in everybody:
-            if contact.id not in asked and contact.long_id ^ target <= vicinity.reach:
-                reply = await self._protocol.ask(contact, *question(contact))
-                if reply is not None and reply.status == OK:
-                    on_reply(contact, reply.elements)
+        left = [c for c in everybody if c.id not in asked and c.long_id ^ target <= vicinity.reach]
+        # All at once: those who swallow requests must not use up the time of those behind them.
+        replies = await asyncio.gather(*(self._protocol.ask(contact, *question(contact)) for contact in left))
+        for contact, reply in zip(left, replies, strict=True):
+            if reply is not None and reply.status == OK:
+                on_reply(contact, reply.elements)
         return True
 
     # --- chunks ---

@@ -79,7 +79,6 @@ class Sweep:
         ttl_s: For how long the records are stored.
         pacer: Spaces the datagrams.
         book: Learns who holds the records, and knows who asked to wait.
-        n_nodes: About how many nodes the network has; decides which keys are too far apart for a common region.
     """
 
     def __init__(
@@ -94,7 +93,6 @@ class Sweep:
         ttl_s: float,
         pacer: Pacer,
         book: HolderBook,
-        n_nodes: int = 0,
     ) -> None:
         """Prepare; `run` does it."""
         self._protocol = protocol
@@ -106,7 +104,6 @@ class Sweep:
         self._ttl_s = ttl_s
         self._pacer = pacer
         self._book = book
-        self._n_nodes = n_nodes
         self._copies = np.zeros(len(keys), dtype=np.uint16)
         self._own = np.zeros(len(keys), dtype=bool)
         self._met: set[Contact] = set()
@@ -117,7 +114,8 @@ class Sweep:
 
     async def run(self) -> SweepReport:
         """Store everything; never raises for what other nodes do."""
-        sparse = sparse_keys(self._keys, self._n_nodes) if self._r < KSIZE else np.zeros(len(self._keys), dtype=bool)
+        n_nodes = self._protocol.estimated_nodes() if self._r < KSIZE else 0
+        sparse = sparse_keys(self._keys, n_nodes)
         dense = np.flatnonzero(~sparse)
 
         async def dense_region(region: Region) -> None:
@@ -176,7 +174,7 @@ class Sweep:
 
     async def _store_or_replace(self, region: _Allocated, number: int, rows: npt.NDArray[np.intp]) -> None:
         """Store the region's records at `rows` with a node; what it does not take goes to the next nearest."""
-        failed = await self._store_rows(region, number, rows)
+        failed = await self._store(region, number, rows)
         for rank in range(self._r, region.nearest.shape[1]):
             if not len(failed):
                 return
@@ -187,37 +185,34 @@ class Sweep:
                 if substitute == len(region.nodes):
                     self._own[region.positions[mine]] = True
                 else:
-                    again.append(await self._store_rows(region, substitute, mine))
+                    again.append(await self._store(region, substitute, mine))
             failed = np.concatenate(again) if again else np.zeros(0, dtype=np.intp)
 
-    async def _store_rows(
+    async def _store(
         self, region: _Allocated, number: int, rows: npt.NDArray[np.intp]
     ) -> npt.NDArray[np.intp]:
-        """Store the region's records at `rows` with one of its nodes; return the rows that it did not take."""
-        failed = await self._store(region.nodes[number], region.positions[rows])
-        return rows[np.isin(region.positions[rows], failed)]
-
-    async def _store(self, node: Contact, positions: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
-        """Send records to one holder; return the positions that it did not take."""
+        """Send the region's records at `rows` to one of its nodes; return the rows that it did not take."""
+        node = region.nodes[number]
         window = self._windows.get(node)
         if window is None:
             window = self._windows[node] = _Window()
-        parts = [positions[i : i + self._per_datagram] for i in range(0, len(positions), self._per_datagram)]
+        parts = [rows[i : i + self._per_datagram] for i in range(0, len(rows), self._per_datagram)]
         failed: list[npt.NDArray[np.intp]] = []
         misses = 0
         async with asyncio.TaskGroup() as group:
 
             async def send(part: npt.NDArray[np.intp]) -> None:
                 nonlocal misses
+                positions = region.positions[part]
                 reply: Reply | None = None
                 try:
                     async with self._total:
-                        reply = await self._write(node, part)
+                        reply = await self._write(node, positions)
                 finally:
                     window.release(kept_up=reply is not None)
                 accepted, retry_after_s = _verdict(reply)
                 if accepted:
-                    self._copies[part] += 1
+                    self._copies[positions] += 1
                     self._book.stored(node, self._ttl_s, retry_after_s)
                     misses = 0
                 else:

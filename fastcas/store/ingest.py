@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastcas.errors import FileChanged
-from fastcas.hashing import Sha256, chunk_pass, digest_many, sha256
+from fastcas.hashing import Sha256, chunk_passes, digest_many, sha256
 from fastcas.ids import Link
 from fastcas.metadata import EMPTY_SHA256, SHA256_IV, Manifest, check_parity, choose_chunk_size
 from fastcas.parity import ReedSolomon
@@ -157,19 +157,20 @@ class _Hashes:
         self.midstates = bytearray()
         self.file_hash = EMPTY_SHA256
 
-    def feed(self, chunks: Sequence[memoryview]) -> list[bytes]:  # hot
-        """Return the hashes of the next chunks. One pass over the bytes but for the file's last chunk."""
-        keys = []
-        for chunk in chunks:
-            self._left -= 1
-            if self._left:
-                key, self._chain = chunk_pass(chunk, self._chain)
-                self.midstates += self._chain
-                self.done += len(chunk)
-            else:
-                key = sha256(chunk)
-                self.file_hash = Sha256(self._chain, self.done).update(chunk).digest() if self.done else key
-            keys.append(key)
+    def feed(self, data: memoryview) -> list[bytes]:  # hot
+        """Return the hashes of the next chunks, back to back in `data`: one pass over all but the file's last one."""
+        n_chunks = -(-len(data) // self._chunk_size)
+        self._left -= n_chunks
+        end = len(data) if self._left else (n_chunks - 1) * self._chunk_size
+        hashes, midstates = chunk_passes(data[:end], self._chunk_size, self._chain)
+        self._chain = midstates[-32:] or self._chain
+        self.midstates += midstates
+        self.done += end
+        keys = [hashes[at : at + 32] for at in range(0, len(hashes), 32)]
+        if not self._left:
+            chunk = data[end:]
+            keys.append(sha256(chunk))
+            self.file_hash = Sha256(self._chain, self.done).update(chunk).digest() if self.done else keys[0]
         self.chunks += b"".join(keys)
         return keys
 
@@ -221,8 +222,9 @@ class Ingest:
         hashes = _Hashes(size, unit)
         code = _Parity(k, m) if parity else None
         written_before = self._blob.size
-        for chunks, encoding, slot, writer in self._buffers(source, Layout.of(size, unit, k, m), code, progress):
-            keys = hashes.feed(chunks)
+        for data, encoding, slot, writer in self._buffers(source, Layout.of(size, unit, k, m), code, progress):
+            keys = hashes.feed(data)
+            chunks = [data[at : at + unit] for at in range(0, len(data), unit)]
             runs = [] if in_place else self._plan(keys, chunks)
             if encoding is not None:
                 runs += self._plan(*encoding.result())
@@ -242,8 +244,8 @@ class Ingest:
 
     def _buffers(
         self, source: Source, layout: Layout, code: _Parity | None, progress: Progress | None
-    ) -> Iterator[tuple[list[memoryview], Future[_Encoded] | None, _Slot, Executor]]:
-        """Yield the source's chunks, buffer by buffer, reading one buffer ahead; their parity is being encoded."""
+    ) -> Iterator[tuple[memoryview, Future[_Encoded] | None, _Slot, Executor]]:
+        """Yield the source's bytes, buffer by buffer, reading one buffer ahead; their parity is being encoded."""
         size, unit, step, n_steps = source.size, layout.unit, layout.step, layout.n_steps
         slots = [_Slot(layout) for _ in range(layout.n_slots)]
         with ExitStack() as stack:
@@ -267,7 +269,7 @@ class Ingest:
                     following = slots[(i + 1) % SLOTS]
                     following.settle()
                     ahead = reader.submit(source.readinto, following.view[: min(step, size - (i + 1) * step)])
-                yield [slot.view[at : min(at + unit, want)] for at in range(0, want, unit)], encoding, slot, writer
+                yield slot.view[:want], encoding, slot, writer
                 if progress is not None:
                     progress(i * step + want, size)
             for slot in slots:
