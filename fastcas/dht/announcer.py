@@ -25,8 +25,10 @@ import numpy.typing as npt
 from fastcas.dht.budgets import (
     ANNOUNCE_RATE_BPS,
     CHUNK_CYCLE_MIN_S,
+    COPIES_CHEAP,
     FILES_PER_ANNOUNCE,
     HOLDERS_CHUNK,
+    HOLDERS_CHUNK_MAX,
     HOLDERS_FILE,
     KEYS_PER_ANNOUNCE,
     LEAVE_ASKS_MAX,
@@ -50,7 +52,7 @@ from fastcas.dht.records import MetadataRecord
 from fastcas.dht.sweep import NOTHING_SENT, Sweep, SweepReport
 from fastcas.errors import UsageError
 
-__all__ = ["Announcer", "metadata_value", "parse_metadata_value"]
+__all__ = ["Announcer", "chunk_holders", "metadata_value", "parse_metadata_value"]
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,11 @@ NAME_BYTES_MAX = 255
 JITTER = 0.1
 FEWER_NODES = 0.8  # of the limit: below it all chunks are announced again
 _NO_KEYS: U64 = np.zeros(0, dtype=np.uint64)
+
+
+def chunk_holders(n_keys: int) -> int:
+    """Return how many nodes are to hold each of so many chunk keys: 8, and up to 12 while all copies are few."""
+    return min(max(COPIES_CHEAP // max(n_keys, 1), HOLDERS_CHUNK), HOLDERS_CHUNK_MAX)
 
 
 def metadata_value(name: str, size: int, manifest_hash: bytes) -> bytes:
@@ -332,8 +339,8 @@ class Announcer:
 
         cycle = self._cycle
         report = await self._run(
-            self._chunks, keys, r=HOLDERS_CHUNK, per_datagram=KEYS_PER_ANNOUNCE, batch=batch, counts_self=True,
-            ttl_s=ttl_s,
+            self._chunks, keys, r=chunk_holders(len(offered)), per_datagram=KEYS_PER_ANNOUNCE, batch=batch,
+            counts_self=True, ttl_s=ttl_s,
         )  # fmt: skip
         cycle.note(keys, offered, self._clock(), ttl_s, report.bytes)
         self._on_progress()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastcas.dht.announcer import chunk_holders
 from fastcas.dht.budgets import BACKOFF_MAX_S, HOLDERS_CHUNK, NODES_FOR_ALL_CHUNKS
 from fastcas.dht.contacts import Contact
 from fastcas.dht.holders import HolderBook, Pacer
@@ -61,7 +62,20 @@ def test_keys_far_apart_are_placed_one_by_one_for_fewer_requests_than_by_regions
                 assert await publisher.announcer.announce_chunks(some_keys(1, seed=number)) == 1
             costs.append(seen.requests)
             assert placed_share(nodes, publisher, some_keys(1, seed=number)) == 1.0
-        assert sum(costs) / 4 <= 24  # a region of 20 nodes takes 30
+        assert sum(costs) / 4 <= 28  # a region of 20 nodes takes 34
+
+    run(body)
+
+
+def test_few_keys_get_twelve_holders_and_many_eight() -> None:
+    assert [chunk_holders(n) for n in (0, 1, 20_000, 66_666, 80_000, 100_000, 10_000_000)] == [12, 12, 12, 12, 10, 8, 8]
+
+    async def body(net: VirtualNet) -> None:
+        nodes = await full_network(net, 100)
+        keys = some_keys(500)
+        assert await nodes[3].announcer.announce_chunks(keys) == len(keys)
+        assert placed_share(nodes, nodes[3], keys, 12) >= 0.99
+        assert sum(node.protocol.hints.n_hints for node in nodes) <= 12 * len(keys)
 
     run(body)
 
