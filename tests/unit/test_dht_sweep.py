@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastcas.dht.announcer import chunk_holders
-from fastcas.dht.budgets import BACKOFF_MAX_S, HOLDERS_CHUNK, NODES_FOR_ALL_CHUNKS
+from fastcas.dht.budgets import BACKOFF_MAX_S, HOLDERS_CHUNK_MAX, NODES_FOR_ALL_CHUNKS
 from fastcas.dht.contacts import Contact
 from fastcas.dht.holders import HolderBook, Pacer
 from fastcas.dht.provided import keys_of
@@ -148,7 +148,7 @@ def test_records_of_a_full_holder_go_to_the_next_nearest_and_it_is_not_asked_unt
         first = await requests()
         holders = [node for node in nodes if node.protocol.hints.n_hints]
         assert full not in holders
-        assert len(holders) + (publisher in nearest[:HOLDERS_CHUNK]) == HOLDERS_CHUNK
+        assert len(holders) + (publisher in nearest[:HOLDERS_CHUNK_MAX]) == HOLDERS_CHUNK_MAX
         assert first == len(holders) + 1
         for pause_s, asks in ((30, 0), (31, 1), (100, 0), (21, 1)):
             await asyncio.sleep(pause_s)
@@ -241,7 +241,7 @@ def test_joining_a_network_announces_once_and_not_each_time_the_table_grows() ->
         await asyncio.sleep(30)
         sent = node.protocol.counters["rpc_ap"]
         assert placed_share([*nodes, node], node, some_keys(5000)) >= 0.99
-        copies = 8 * 5000 / 130
+        copies = HOLDERS_CHUNK_MAX * 5000 / 130
         assert sent <= 1.6 * copies
 
     run(body)
@@ -276,7 +276,7 @@ def test_withdrawing_is_told_to_current_holders_only() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "by_snapshot", "by_name"), [("off", 0, 0), ("rare", 0, 8), ("all", 8, 8)])
+@pytest.mark.parametrize(("policy", "by_snapshot", "by_name"), [("off", 0, 0), ("rare", 0, 12), ("all", 12, 12)])
 def test_policy_decides_which_chunks_are_announced(policy: str, by_snapshot: int, by_name: int) -> None:
     async def body(net: VirtualNet) -> None:
         nodes = await net.grow(20)
