@@ -13,6 +13,7 @@ import pytest
 
 from fastcas import P2PChunkDownloader, P2PClient, P2PNode
 from fastcas.errors import ChunkNotFound, NetworkError, NoPeers, PeerUnreachable, PortInUse
+from fastcas.ids import Link, PeerAddr
 from tests.contract.quick_reference import troubleshooting
 from tests.support.nodes import free_port, run_fastcas, start_node
 
@@ -167,6 +168,19 @@ def test_file_not_found_until_it_is_published(tmp_path: Path) -> None:
 
         asyncio.run(discover())
         assert run_fastcas("store", str(source), "--storage-dir", str(node.storage)).returncode == 0
+
+        async def fetch_through_the_link_alone() -> None:
+            link = Link(bytes.fromhex(file_hash), dht=(PeerAddr("127.0.0.1", node.dht_port or 0),))
+            dead = [("127.0.0.1", 1)]
+            # One that knows nobody, and one that runs a DHT process whose bootstrap node does not answer.
+            for client in (P2PClient([], tmp_path / "e"), P2PClient(dead, tmp_path / "f", peers=dead)):
+                await client.initialize()
+                path = await client.download_file(str(link))
+                assert path is not None
+                assert path.read_bytes() == source.read_bytes()
+                await client.shutdown()
+
+        asyncio.run(fetch_through_the_link_alone())
         done = run_fastcas("get", file_hash, "-o", str(tmp_path / "out"), *bootstrap)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "out").read_bytes() == source.read_bytes()
