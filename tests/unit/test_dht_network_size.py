@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterable
 
 import pytest
 
+from fastcas.dht.contacts import Contact
 from fastcas.dht.network_size import NetworkSize, expected_distance, from_table, is_crowded
 from tests.support.dht_sim import ideal_network, measure_lookups
 from tests.support.virtual_net import VirtualNet, run
@@ -98,6 +100,45 @@ def test_node_that_made_lookups_knows_the_size_of_its_network(n: int) -> None:
             await measure_lookups(net, [node], 20, living=nodes)
             assert 0.75 * n <= node.estimated_nodes <= 1.25 * n
             assert node.statistics()["nodes_estimated"] == node.estimated_nodes
+
+    run(body)
+
+
+def test_estimate_is_worked_out_again_after_the_table_or_the_samples_changed_and_only_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def counted(own_id: int, ids: Iterable[int], full: int) -> tuple[float, float]:
+        calls.append(1)
+        return from_table(own_id, ids, full)
+
+    monkeypatch.setattr("fastcas.dht.protocol.from_table", counted)
+
+    async def body(net: VirtualNet) -> None:
+        protocol = (await net.node(1)).protocol
+        rng = random.Random(3)
+
+        def change(number: int) -> None:
+            contacts = list(protocol.router)
+            match rng.randrange(4):
+                case 0 if contacts:
+                    protocol.router.remove_contact(rng.choice(contacts))
+                case 1 if number >= 200:  # before, the table alone decides
+                    target, ids = rng.getrandbits(160), [rng.getrandbits(160) for _ in range(99)]
+                    protocol.size.note(target, distances(ids, target), is_all=False)
+                case 2 if contacts:  # it moved to another address
+                    protocol.router.add_verified(Contact(rng.choice(contacts).id, "10.9.9.9", rng.randrange(1, 9)), 1.0)
+                case _:
+                    protocol.router.add_verified(Contact(rng.randbytes(20), f"10.1.1.{rng.randrange(255)}", 1), 1.0)
+
+        for number in range(300):
+            change(number)
+            n_calls = len(calls)
+            found = {protocol.estimated_nodes() for _ in range(5)}
+            assert len(calls) <= n_calls + 1
+            own = from_table(protocol.source_node.long_id, (contact.long_id for contact in protocol.router), 20)
+            assert found == {protocol.size.estimate(own) + 1}
 
     run(body)
 
