@@ -246,9 +246,13 @@ class Announcer:
         self._provided.extra = np.setdiff1d(self._provided.extra, keys, assume_unique=True)
 
     async def leave(self) -> None:
-        """Tell all who hold a record of ours that it is void; at most about a second. Nothing is left to resume."""
-        holders = self._files.book.current(LEAVE_ASKS_MAX)
-        holders += self._chunks.book.current(LEAVE_ASKS_MAX - len(holders))
+        """Tell all who hold a record of ours or know us that both are void; at most about a second.
+
+        Nothing is left to resume.
+        """
+        holders = [] if self._protocol.is_read_only else list(self._protocol.router)
+        holders += self._files.book.current(LEAVE_ASKS_MAX)
+        holders += self._chunks.book.current(max(LEAVE_ASKS_MAX - len(holders), 0))
         for kind in (self._files, self._chunks):
             kind.book.clear()
         self._cycle = ChunkCycle(self._rate_Bps)

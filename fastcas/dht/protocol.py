@@ -194,7 +194,7 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
             return
         self.counters["answered"] += 1
         self._send(reply, (ip, port))
-        if is_proven and not is_read_only and not is_self:
+        if is_proven and not is_read_only and not is_self and name != "wd":
             known = self.router.get(node_id)
             if known is not None and known.address == (ip, port):
                 self.router.note_answer(known, self._clock())
