@@ -122,7 +122,7 @@ REANNOUNCE_PAUSE_S = 1.0  # between two announcements of everything because the 
 
 # --- joining and leaving ---
 BOOTSTRAP_NODES_MAX = 256  # from the command line and from links, kept to be asked again
-BOOTSTRAP_ROUNDS = 3
+BOOTSTRAP_ROUNDS = 2  # each asks for a second, half a second apart
 FAR_LOOKUPS = 8  # random ids beside the own one, so that every bucket gets contacts
 REJOIN_FIRST_S = 0.5
 REJOIN_LAST_S = 60.0

@@ -258,7 +258,7 @@ class FcServer(Server):  # type: ignore[misc]
     async def bootstrap(self, addrs: Iterable[tuple[str, int]]) -> int:
         """Join through `addrs` (names are resolved off the loop); return the number of contacts afterwards.
 
-        Asks up to three times, because the other side may be starting too. The addresses are kept and asked again
+        Asks a second time, because the other side may be starting too. The addresses are kept and asked again
         whenever contacts are few.
         """
         await self.joining.join(addrs)
