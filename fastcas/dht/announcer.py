@@ -262,9 +262,7 @@ class Announcer:
     async def _tell(self, holders: Sequence[Contact], args: list[Any]) -> None:
         """Send a withdrawal to holders, first of all a token where the one that we have is too old."""
         loop = asyncio.get_running_loop()
-        asks = [
-            loop.create_task(self._protocol.write(holder, "wd", args, hard_s=LEAVE_S / 2)) for holder in holders
-        ]
+        asks = [loop.create_task(self._protocol.write(holder, "wd", args, hard_s=LEAVE_S / 2)) for holder in holders]
         if asks:
             _, late = await asyncio.wait(asks, timeout=LEAVE_S + 0.2)
             for ask in late:
@@ -274,9 +272,7 @@ class Announcer:
 
     def to_saved(self) -> SavedCycle:
         """Return what a restarted process needs so as not to announce all chunks again."""
-        return self._cycle.to_saved(
-            self._provided.data_port, self._chunks.n_nodes, self._clock(), self._wall()
-        )
+        return self._cycle.to_saved(self._provided.data_port, self._chunks.n_nodes, self._clock(), self._wall())
 
     def restore(self, saved: SavedCycle | None) -> None:
         """Take what an earlier process saved."""
