@@ -79,6 +79,7 @@ bench: bench-tools
 	$(PY) -m bench.dht
 	$(PY) -m pytest -q bench/table.py
 
+# Every target of discovery in one table, about four minutes; the long campaigns are dht-hostile, dht-churn, dht-attacks
 bench-dht: build
 	$(PY) -m bench.dht
 

@@ -12,6 +12,7 @@ import random
 import time
 from pathlib import Path
 
+from bench.dht_rows import AT_MOST, line
 from fastcas.dht.records import HintStore
 
 N_HINTS = 1_000_000
@@ -22,9 +23,9 @@ TARGET_MB = 40.0
 
 def status(field: str) -> int:
     """Return a field of /proc/self/status, bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
+    for text in Path("/proc/self/status").read_text().splitlines():
+        if text.startswith(field + ":"):
+            return int(text.split()[1]) * 1024
     raise SystemExit(f"bench: /proc/self/status has no {field}")
 
 
@@ -48,11 +49,10 @@ def main() -> None:
         store.get(rng.getrandbits(64), 16)
     asked_s = time.perf_counter() - start
     grown = (after - before) / 1e6
-    verdict = "met" if grown <= TARGET_MB else "MISSED"
     print(f"memory for {store.n_hints:,} hints of {store.n_providers:,} announcers (RSS growth of a fresh process)")
     most = (peak - before) / 1e6
-    print(f"  {grown:.1f} MB, {grown * 1e6 / store.n_hints:.1f} B each; while filling at most {most:.1f} MB")
-    print(f"  target <= {TARGET_MB:.0f} MB: {verdict}")
+    line("growth", grown, AT_MOST, TARGET_MB, unit="MB")
+    print(f"  {grown * 1e6 / store.n_hints:.1f} B each; while filling at most {most:.1f} MB")
     per_datagram, per_key = filled_s / n * 1e6, asked_s / 20_000 * 1e6
     print(f"  taken in {per_datagram:.0f} us per datagram of {KEYS} keys, looked up {per_key:.1f} us per key")
 

@@ -21,6 +21,7 @@ from typing import Any
 import uvloop
 from kademlia.network import Server
 
+from bench.dht_rows import AT_LEAST, line
 from bench.interleaved import cpu_name
 from fastcas.dht.provided import keys_of
 from fastcas.dht.server import FcServer
@@ -96,8 +97,8 @@ def bench_stock(n_keys: int, seconds: float) -> None:
             rate = runner(stock_rate(network + (at_once > 1), at_once, seconds))
             best = max(best, rate)
             print(f"  stock on {loop}, {at_once} at a time: {rate:,.0f} keys/s")
-    verdict = "met" if ours / best >= TARGET else "MISSED"
-    print(f"  ours {ours:,.0f} keys/s = {ours / best:,.0f} x the best of stock, target >= {TARGET:.0f} x: {verdict}")
+    print(f"  ours {ours:,.0f} keys/s")
+    line("ours ÷ the best of stock", ours / best, AT_LEAST, TARGET, digits=0)
 
 
 def main() -> None:

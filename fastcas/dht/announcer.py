@@ -25,8 +25,10 @@ import numpy.typing as npt
 from fastcas.dht.budgets import (
     ANNOUNCE_RATE_BPS,
     CHUNK_CYCLE_MIN_S,
+    COPIES_CHEAP,
     FILES_PER_ANNOUNCE,
     HOLDERS_CHUNK,
+    HOLDERS_CHUNK_MAX,
     HOLDERS_FILE,
     KEYS_PER_ANNOUNCE,
     LEAVE_ASKS_MAX,
@@ -50,7 +52,7 @@ from fastcas.dht.records import MetadataRecord
 from fastcas.dht.sweep import NOTHING_SENT, Sweep, SweepReport
 from fastcas.errors import UsageError
 
-__all__ = ["Announcer", "metadata_value", "parse_metadata_value"]
+__all__ = ["Announcer", "chunk_holders", "metadata_value", "parse_metadata_value"]
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,11 @@ NAME_BYTES_MAX = 255
 JITTER = 0.1
 FEWER_NODES = 0.8  # of the limit: below it all chunks are announced again
 _NO_KEYS: U64 = np.zeros(0, dtype=np.uint64)
+
+
+def chunk_holders(n_keys: int) -> int:
+    """Return how many nodes are to hold each of so many chunk keys: 8, and up to 12 while all copies are few."""
+    return min(max(COPIES_CHEAP // max(n_keys, 1), HOLDERS_CHUNK), HOLDERS_CHUNK_MAX)
 
 
 def metadata_value(name: str, size: int, manifest_hash: bytes) -> bytes:
@@ -239,9 +246,13 @@ class Announcer:
         self._provided.extra = np.setdiff1d(self._provided.extra, keys, assume_unique=True)
 
     async def leave(self) -> None:
-        """Tell all who hold a record of ours that it is void; at most about a second. Nothing is left to resume."""
-        holders = self._files.book.current(LEAVE_ASKS_MAX)
-        holders += self._chunks.book.current(LEAVE_ASKS_MAX - len(holders))
+        """Tell all who hold a record of ours or know us that both are void; at most about a second.
+
+        Nothing is left to resume.
+        """
+        holders = [] if self._protocol.is_read_only else list(self._protocol.router)
+        holders += self._files.book.current(LEAVE_ASKS_MAX)
+        holders += self._chunks.book.current(max(LEAVE_ASKS_MAX - len(holders), 0))
         for kind in (self._files, self._chunks):
             kind.book.clear()
         self._cycle = ChunkCycle(self._rate_Bps)
@@ -251,9 +262,7 @@ class Announcer:
     async def _tell(self, holders: Sequence[Contact], args: list[Any]) -> None:
         """Send a withdrawal to holders, first of all a token where the one that we have is too old."""
         loop = asyncio.get_running_loop()
-        asks = [
-            loop.create_task(self._protocol.write(holder, "wd", args, hard_s=LEAVE_S / 2)) for holder in holders
-        ]
+        asks = [loop.create_task(self._protocol.write(holder, "wd", args, hard_s=LEAVE_S / 2)) for holder in holders]
         if asks:
             _, late = await asyncio.wait(asks, timeout=LEAVE_S + 0.2)
             for ask in late:
@@ -263,9 +272,7 @@ class Announcer:
 
     def to_saved(self) -> SavedCycle:
         """Return what a restarted process needs so as not to announce all chunks again."""
-        return self._cycle.to_saved(
-            self._provided.data_port, self._chunks.n_nodes, self._clock(), self._wall()
-        )
+        return self._cycle.to_saved(self._provided.data_port, self._chunks.n_nodes, self._clock(), self._wall())
 
     def restore(self, saved: SavedCycle | None) -> None:
         """Take what an earlier process saved."""
@@ -332,8 +339,8 @@ class Announcer:
 
         cycle = self._cycle
         report = await self._run(
-            self._chunks, keys, r=HOLDERS_CHUNK, per_datagram=KEYS_PER_ANNOUNCE, batch=batch, counts_self=True,
-            ttl_s=ttl_s,
+            self._chunks, keys, r=chunk_holders(len(offered)), per_datagram=KEYS_PER_ANNOUNCE, batch=batch,
+            counts_self=True, ttl_s=ttl_s,
         )  # fmt: skip
         cycle.note(keys, offered, self._clock(), ttl_s, report.bytes)
         self._on_progress()

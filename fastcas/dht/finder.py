@@ -85,13 +85,8 @@ class Finder:
         want: int,
         deadline_s: float,
         on_peers: Callable[[list[Peer]], None],
-        *,
-        refresh: bool = False,
     ) -> int:
-        """Walk to a file's swarm key, calling `on_peers` with new peers as they come; return how many there were.
-
-        With `refresh` nothing is taken from an earlier search.
-        """
+        """Walk to a file's swarm key, calling `on_peers` with new peers as they come; return how many there were."""
         key = swarm_key(file_hash)
         found: set[Peer] = set()
 
@@ -102,12 +97,12 @@ class Finder:
                 on_peers(new)
 
         take(self._usable(self._peers_of(provider for provider, _ in self._protocol.swarms.get(key, want))))
-        search = partial(self._search_file, key, want, refresh)
-        await self._file_flights.share((key, want, refresh), search, take, deadline_s)
+        search = partial(self._search_file, key, want)
+        await self._file_flights.share((key, want), search, take, deadline_s)
         return len(found)
 
-    async def _search_file(self, key: bytes, want: int, refresh: bool, tell: Callable[[list[Peer]], None]) -> None:
-        known = None if refresh else self.providers.get(key)
+    async def _search_file(self, key: bytes, want: int, tell: Callable[[list[Peer]], None]) -> None:
+        known = self.providers.get(key)
         if known is not None and len(known.peers) >= want:
             tell(list(known.peers))
             return
@@ -227,12 +222,10 @@ class Finder:
         want: int,
         deadline_s: float,
         on_found: Callable[[dict[int, list[Peer]]], None],
-        *,
-        refresh: bool = False,
     ) -> int:
         """Find peers for n 32-byte hashes; `on_found` gets {position of the hash: new peers}, several times.
 
-        Returns the number of hashes with at least one peer. With `refresh` nothing is taken from an earlier search.
+        Returns the number of hashes with at least one peer.
         """
         rows = np.ascontiguousarray(np.frombuffer(hashes, dtype=np.uint8).reshape(-1, 32)[:, :8])
         keys, inverse = np.unique(rows.view(">u8").ravel().astype(np.uint64), return_inverse=True)
@@ -252,13 +245,11 @@ class Finder:
             if news:
                 on_found(news)
 
-        search = partial(self._search_chunks, keys, want, refresh)
-        await self._chunk_flights.share((keys.tobytes(), want, refresh), search, take, deadline_s)
+        search = partial(self._search_chunks, keys, want)
+        await self._chunk_flights.share((keys.tobytes(), want), search, take, deadline_s)
         return sum(len(positions[row]) for row, peers in enumerate(found) if peers)
 
-    async def _search_chunks(
-        self, keys: U64, want: int, refresh: bool, tell: Callable[[dict[int, list[Peer]]], None]
-    ) -> None:
+    async def _search_chunks(self, keys: U64, want: int, tell: Callable[[dict[int, list[Peer]]], None]) -> None:
         found: list[set[Peer]] = [set() for _ in keys]
         is_open = np.ones(len(keys), dtype=bool)
         is_missed = np.zeros(len(keys), dtype=bool)
@@ -277,7 +268,7 @@ class Finder:
         all_rows = np.arange(len(keys))
         held = self._protocol.hints
         for row, key in enumerate(keys.tolist()):
-            known = None if refresh else self.providers.get(key)
+            known = self.providers.get(key)
             if known is not None:
                 is_missed[row] = not known.peers
                 is_open[row] = not known.peers or not (known.is_fresh or len(known.peers) >= want)
@@ -296,8 +287,7 @@ class Finder:
             partial(take, rows),
             self.regions,
         )
-        regions = None if refresh else self.regions
-        await walk(self._protocol, keys[rows], search.region, walkers=FIND_WALKERS, regions=regions)
+        await walk(self._protocol, keys[rows], search.region, walkers=FIND_WALKERS, regions=self.regions)
         for row in rows.tolist():
             if found[row] or not is_missed[row]:
                 self.providers.note(int(keys[row]), found[row])

@@ -211,6 +211,9 @@ class Handlers:
     def _wd(self, asker: Asker, args: list[Any]) -> tuple[int, list[Any]]:
         source = (asker.node_id, asker.ip, asker.port)
         if args[0] == 0:
+            known = self._table.get(asker.node_id)
+            if known is not None and known.address == (asker.ip, asker.port):
+                self._table.remove_contact(known)  # it leaves; if it does not, its next request brings it back
             return OK, [self._hints.withdraw(*source) + self._swarms.withdraw(*source)]
         keys = [args[1][at : at + 20] for at in range(0, len(args[1]), 20)]
         return OK, [self._swarms.withdraw(*source, keys)]

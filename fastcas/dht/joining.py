@@ -107,7 +107,7 @@ class Joining:
             self._lonely.set()
 
     async def join(self, addrs: Iterable[tuple[str, int]]) -> bool:
-        """Join through these nodes, asking up to three times; whether any answered. They are kept."""
+        """Join through these nodes, asking twice at most; whether any answered. They are kept."""
         wanted = list(dict.fromkeys(addrs))
         self.add_nodes(wanted)
         for attempt in range(BOOTSTRAP_ROUNDS):

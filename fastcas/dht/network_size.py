@@ -25,10 +25,15 @@ CROWDS = ((8, 1.6), (20, 8.0))
 
 
 class NetworkSize:
-    """Collects the results of lookups. Memory: one number per target, the last 32 targets."""
+    """Collects the results of lookups. Memory: one number per target, the last 32 targets.
+
+    Attributes:
+        version: Differs whenever the samples differ.
+    """
 
     def __init__(self) -> None:
         """Know nothing yet."""
+        self.version = 0
         self._samples: OrderedDict[int, float] = OrderedDict()
 
     @property
@@ -43,6 +48,7 @@ class NetworkSize:
 
     def forget(self) -> None:
         """Start anew: the network is not what it was."""
+        self.version += 1
         self._samples.clear()
 
     def note(self, target: int, distances: Sequence[int], *, is_all: bool) -> None:
@@ -59,6 +65,7 @@ class NetworkSize:
             sample = _of(distances)
         else:
             return
+        self.version += 1
         self._samples.pop(target, None)
         self._samples[target] = sample
         if len(self._samples) > SAMPLES_MAX:

@@ -87,6 +87,7 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
         super().__init__(me, None, KSIZE)
         self.router: FcTable = FcTable(self, me, on_change=on_table_change)
         self.size = NetworkSize()
+        self._estimated = ((-1, -1), 0)
         self.provided = Provided()
         self.hints = HintStore(clock)
         self.swarms = SwarmStore(clock)
@@ -193,7 +194,7 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
             return
         self.counters["answered"] += 1
         self._send(reply, (ip, port))
-        if is_proven and not is_read_only and not is_self:
+        if is_proven and not is_read_only and not is_self and name != "wd":
             known = self.router.get(node_id)
             if known is not None and known.address == (ip, port):
                 self.router.note_answer(known, self._clock())
@@ -310,10 +311,16 @@ class FcProtocol(KademliaProtocol):  # type: ignore[misc]
         return contact.id == self.identity.node_id or contact.address in self.own_addresses
 
     def estimated_nodes(self) -> int:
-        """Return about how many nodes the network has, this one included unless it only asks. Cost: O(table)."""
-        own = self.source_node.long_id
-        others = self.size.estimate(from_table(own, (contact.long_id for contact in self.router), KSIZE))
-        return others + (0 if self.is_read_only else 1)
+        """Return about how many nodes the network has, this one included unless it only asks.
+
+        Cost: O(table) after the table or the samples changed, else nothing.
+        """
+        versions = (self.router.version, self.size.version)
+        if self._estimated[0] != versions:
+            own = self.source_node.long_id
+            others = self.size.estimate(from_table(own, (contact.long_id for contact in self.router), KSIZE))
+            self._estimated = versions, others + (0 if self.is_read_only else 1)
+        return self._estimated[1]
 
     def prove(self, contact: Contact, on_slow: Callable[[], None]) -> asyncio.Future[Contact | None]:
         """Challenge a contact, whatever the table thinks of it; None unless it has the id that it is said to have."""

@@ -12,6 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ class FcServer(Server):  # type: ignore[misc]
     async def bootstrap(self, addrs: Iterable[tuple[str, int]]) -> int:
         """Join through `addrs` (names are resolved off the loop); return the number of contacts afterwards.
 
-        Asks up to three times, because the other side may be starting too. The addresses are kept and asked again
+        Asks a second time, because the other side may be starting too. The addresses are kept and asked again
         whenever contacts are few.
         """
         await self.joining.join(addrs)
@@ -322,11 +323,9 @@ class FcServer(Server):  # type: ignore[misc]
             await Lookup(self.protocol, target).run()
 
     async def _refresh_regularly(self) -> None:
-        pause_s = REFRESH_FIRST_S
-        while True:
+        for pause_s in chain(REFRESH_FIRST_S, repeat(REFRESH_EVERY_S)):
             await asyncio.sleep(pause_s * (0.9 + 0.2 * self._rng.random()))
             await self._refresh_table()
-            pause_s = REFRESH_EVERY_S
 
     @property
     def estimated_nodes(self) -> int:

@@ -61,7 +61,11 @@ class FcBucket(KBucket):  # type: ignore[misc]
 
 
 class FcTable(RoutingTable):  # type: ignore[misc]
-    """The routing table of one node. `on_change` is called after a contact came or went."""
+    """The routing table of one node. `on_change` is called after a contact came or went.
+
+    Attributes:
+        version: Differs whenever the contacts differ.
+    """
 
     buckets: list[FcBucket]
     node: Contact
@@ -74,10 +78,12 @@ class FcTable(RoutingTable):  # type: ignore[misc]
         self._subnets: dict[bytes, int] = {}
         self._by_address: dict[Address, bytes] = {}
         self._on_change = on_change
+        self.version = 0
         super().__init__(protocol, ksize, node)
 
     def flush(self) -> None:
         """Forget every contact."""
+        self.version += 1
         self.buckets = [FcBucket(0, LAST_ID, self.ksize)]
         self._subnets.clear()
         self._by_address.clear()
@@ -176,6 +182,7 @@ class FcTable(RoutingTable):  # type: ignore[misc]
             self._take_out(worst)
         bucket.replacement_nodes.pop(contact.id, None)
         bucket.nodes[contact.id] = contact
+        self.version += 1
         self._by_address[contact.address] = contact.id
         subnet = subnet_of(contact.ip)
         self._subnets[subnet] = self._subnets.get(subnet, 0) + 1
@@ -281,6 +288,7 @@ class FcTable(RoutingTable):  # type: ignore[misc]
         return min(owing, key=lambda contact: contact.last_seen, default=None)
 
     def _take_out(self, contact: Contact) -> None:
+        self.version += 1
         del self.bucket_of(contact.id).nodes[contact.id]
         if self._by_address.get(contact.address) == contact.id:
             del self._by_address[contact.address]

@@ -18,7 +18,7 @@ A request is [name, [version, flags, id20, token, ...]] with an optional padding
     ap    data_port, ttl_s, keys8*n                       accepted, retry_after_s
     as    data_port, ttl_s, (key20 have2)*n               accepted, retry_after_s
     pm    key20, pub32, seq, exp, value, sig64            accepted
-    wd    what (0 all, 1 listed swarm keys), key20*n      removed
+    wd    what (0 all: farewell, 1 listed swarm keys), key20*n   removed
 
 `index` of gp: for each answered key one count byte and that many bytes, each a position in peers4 then peers6.
 A peer is id20, ip, data port like a contact; ip zero with the replier's own id means "at the address that this

@@ -1,15 +1,16 @@
 """`P2PClient`: fetch files in the caller's own process, serving nothing (quick reference).
 
-Owns a DHT process in client mode where bootstrap nodes are given, and a chunk downloader. `download_file` returns
-None when it cannot; `fetch_file` is the twin that raises.
+Owns a DHT process in client mode where bootstrap nodes are given, or a link names some and nobody else can be asked,
+and a chunk downloader. `download_file` returns None when it cannot; `fetch_file` is the twin that raises.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from fastcas.errors import FastCASError, ManifestNotFound, NetworkError, UsageError
@@ -64,6 +65,7 @@ class P2PClient:
         self._stall_timeout_s = stall_timeout_s
         self._network_key = network_key
         self._dht: DhtProcess | None = None
+        self._starting = asyncio.Lock()
         self._discovery: Discovery = StaticDiscovery(self.peers)
         self.downloader = P2PChunkDownloader(self.download_dir, timeout=timeout_s)
         self.peer_manager = P2PPeerManager(self._discovery, fetch_manifest=self._manifest)
@@ -85,11 +87,15 @@ class P2PClient:
         """
         if self._dht is not None or isinstance(self._discovery, CompositeDiscovery):
             return
+        await self._join(self._bootstrap)
+
+    async def _join(self, bootstrap: Sequence[tuple[str, int]]) -> None:
+        """Start a DHT process where there are bootstrap nodes, and ask it and everybody who was given."""
         backends: list[Discovery] = [StaticDiscovery(self.peers)] if self.peers else []
         if self._given is not None:
             backends.append(self._given)
-        if self._bootstrap:
-            dht = DhtProcess(self._bootstrap, network_key=self._network_key)
+        if bootstrap:
+            dht = DhtProcess(bootstrap, network_key=self._network_key)
             try:
                 await dht.start()
                 dht.require_contacts()
@@ -106,6 +112,28 @@ class P2PClient:
         if backends:
             self._discovery = CompositeDiscovery(backends)
             self.peer_manager = P2PPeerManager(self._discovery, fetch_manifest=self._manifest)
+
+    @asynccontextmanager
+    async def _joined_through(self, link: Link) -> AsyncIterator[None]:
+        """Use the DHT nodes that a link names: beside those that we know, or where nobody else can be asked.
+
+        Raises:
+            NetworkError: "DHT bootstrap failed": none of them answered, and there is nobody else.
+        """
+        where = [(peer.ip, peer.port) for peer in link.dht]
+        joining: asyncio.Task[int] | None = None
+        async with self._starting:
+            if where and self._dht is not None:
+                joining = asyncio.ensure_future(self._dht.discovery.bootstrap(where))
+            elif where and not self.peers and not link.peers and self._given is None:
+                await self._join(where)
+        try:
+            yield
+        finally:
+            if joining is not None:
+                joining.cancel()
+                with suppress(FastCASError, asyncio.CancelledError):
+                    await joining
 
     async def download_file(
         self,
@@ -146,20 +174,21 @@ class P2PClient:
         """`download_file` that raises; arguments and errors as `fastcas.fetch.download`."""
         link = parse_ref(ref) if isinstance(ref, str) else ref
         target = Path(out) if out is not None else None
-        return await download(
-            link,
-            target,
-            discovery=self._discovery if self._dht is not None or self._given is not None else None,
-            peers=self.peers,
-            local=self._local,
-            timeout_s=self._timeout_s,
-            stall_timeout_s=self._stall_timeout_s,
-            progress=progress,
-            trust_resume=trust_resume,
-            force=force,
-            raw=raw,
-            folder=self.download_dir,
-        )
+        async with self._joined_through(link):
+            return await download(
+                link,
+                target,
+                discovery=self._discovery if self._dht is not None or self._given is not None else None,
+                peers=self.peers,
+                local=self._local,
+                timeout_s=self._timeout_s,
+                stall_timeout_s=self._stall_timeout_s,
+                progress=progress,
+                trust_resume=trust_resume,
+                force=force,
+                raw=raw,
+                folder=self.download_dir,
+            )
 
     async def shutdown(self) -> None:
         """End the DHT process and the downloader's threads. Idempotent, bounded."""

@@ -2,7 +2,8 @@
 
 A request is one msgpack map {id, op, …} on the request ring, an answer one map {id, ok, …} on the answer ring,
 several of them (`more`) for a stream. What is outstanding is remembered as bytes, so that it is asked again when
-the DHT process was replaced and new rings came (`replace_rings`). The other side may be dead or hostile: every
+the DHT process was replaced and new rings came (`replace_rings`); so are the chunks that were announced, which nobody
+else remembers. The other side may be dead or hostile: every
 answer is checked for its shape and an ill-formed one is dropped and counted.
 """
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 KEYS_PER_REQUEST = 8192  # 256 KiB of hashes: well below a ring's largest message
 FILES_PER_REQUEST = 4096
+NAMED_MAX = 1_000_000  # chunks that a new DHT process is told again: about 100 B each
 ANSWER_GRACE_S = 2.0  # beyond the deadline that the DHT process was given
 CALL_DEADLINE_S = 15.0
 ANNOUNCE_DEADLINE_S = 60.0
@@ -82,10 +84,12 @@ class RingDiscovery:
         self._outstanding: dict[int, _Outstanding] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self._named: set[bytes] = set()
+        self._repeating: asyncio.Task[None] | None = None
         self.dropped_answers = 0
 
     def replace_rings(self, req_ring: RingLike, ans_ring: RingLike) -> None:
-        """Go over to a new DHT process; everything outstanding is asked again."""
+        """Go over to a new DHT process: everything outstanding is asked, and all announced chunks are told again."""
         self._detach()
         if self._owns_rings:
             self._req.close()
@@ -97,6 +101,9 @@ class RingDiscovery:
             for entry in self._outstanding.values():
                 if not req_ring.push(entry.payload):
                     log.warning("new request ring is full; a request waits for its deadline")
+            if self._named:
+                self._stop_repeating()
+                self._repeating = self._loop.create_task(self._repeat_named())
 
     # --- Discovery ---
 
@@ -131,7 +138,14 @@ class RingDiscovery:
         return stored
 
     async def announce_chunks(self, keys: Sequence[bytes]) -> int:
-        """Announce chunks now; return how many are stored with somebody."""
+        """Announce chunks now; return how many are stored with somebody. They are repeated until withdrawn."""
+        if len(self._named) + len(keys) <= NAMED_MAX:
+            self._named.update(keys)
+        else:
+            log.warning("more than %d chunks announced by name: a new DHT process is not told %d", NAMED_MAX, len(keys))
+        return await self._announce_chunks(keys)
+
+    async def _announce_chunks(self, keys: Sequence[bytes]) -> int:
         stored = 0
         for batch in _batches(keys, KEYS_PER_REQUEST):
             answer = await self._call({"op": "announce_chunks", "keys": b"".join(batch)}, ANNOUNCE_DEADLINE_S)
@@ -142,6 +156,7 @@ class RingDiscovery:
         self, files: Sequence[bytes] = (), *, chunks: Sequence[bytes] = (), everything: bool = False
     ) -> None:
         """Take back announcements."""
+        self._named.difference_update(self._named if everything else chunks)
         for batch in _batches(chunks, KEYS_PER_REQUEST):
             await self._call({"op": "withdraw_chunks", "keys": b"".join(batch)}, CALL_DEADLINE_S)
         if files or everything:
@@ -197,12 +212,28 @@ class RingDiscovery:
         if self._closed:
             return
         self._closed = True
+        self._stop_repeating()
         self._detach()
         for entry in self._outstanding.values():
             entry.answers.put_nowait({"ok": False, "error": "NodeUnavailable", "message": "DHT process: closed"})
         if self._owns_rings:
             self._req.close()
             self._ans.close()
+
+    # --- a new DHT process ---
+
+    async def _repeat_named(self) -> None:
+        try:
+            stored = await self._announce_chunks(sorted(self._named))
+        except FastCASError as error:
+            log.warning("chunks could not be announced again n=%d error=%s", len(self._named), error)
+        else:
+            log.info("chunks announced again n=%d stored=%d", len(self._named), stored)
+
+    def _stop_repeating(self) -> None:
+        task, self._repeating = self._repeating, None
+        if task is not None:
+            task.cancel()
 
     # --- requests and answers ---
 

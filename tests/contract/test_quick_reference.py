@@ -24,6 +24,7 @@ import fastcas
 from fastcas import P2PChunkDownloader, P2PClient, P2PNode
 from tests.contract.quick_reference import Facts, filled_in, python_blocks
 from tests.support.nodes import Node, free_port, read_line, run_fastcas, start_node
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -103,8 +104,11 @@ async def run_block(block: str, names: dict[str, Any]) -> str:
     return printed.getvalue()
 
 
-def run_with_node(facts: Facts, tmp_path: Path, block: str) -> tuple[dict[str, Any], str]:
-    """Run a block beside a node that has the file and has joined the DHT; its manager and a downloader are there."""
+def run_with_node(facts: Facts, tmp_path: Path, block: str, *, shows_table: bool = False) -> tuple[dict[str, Any], str]:
+    """Run a block beside a node that has the file and has joined the DHT; its manager and a downloader are there.
+
+    With `shows_table` it runs once the node object has its copy of the routing table, which is up to a second old.
+    """
     storage = tmp_path / "own"
     fastcas.store(facts.folder / "document.pdf", storage_dir=storage, chunk_size=CHUNK)
 
@@ -124,6 +128,8 @@ def run_with_node(facts: Facts, tmp_path: Path, block: str) -> tuple[dict[str, A
                 "P2PChunkDownloader": P2PChunkDownloader, "peer_port": facts.data_port,
                 "chunk_peers": await manager.find_peers_with_chunks(list(facts.chunks)),
             }  # fmt: skip
+            if shows_table:
+                await until(node.dht_node.routing_table.get_all_nodes, "the copy of the routing table has somebody")
             printed = await run_block(filled_in(block, facts), names)
             return names, printed
         finally:
@@ -256,7 +262,7 @@ def test_monitor_performance(world: tuple[Node, Facts], tmp_path: Path) -> None:
 
 def test_debug_peer_discovery(world: tuple[Node, Facts], tmp_path: Path) -> None:
     _, facts = world
-    _, printed = run_with_node(facts, tmp_path, block_with("Check what nodes are in DHT"))
+    _, printed = run_with_node(facts, tmp_path, block_with("Check what nodes are in DHT"), shows_table=True)
     assert f"Node: 127.0.0.1:{facts.dht_port}\n" in printed
     assert "Local chunks: 2\n" in printed
     assert "Known peers: " in printed

@@ -13,6 +13,7 @@ import pytest
 
 from fastcas import P2PChunkDownloader, P2PClient, P2PNode
 from fastcas.errors import ChunkNotFound, NetworkError, NoPeers, PeerUnreachable, PortInUse
+from fastcas.ids import Link, PeerAddr
 from tests.contract.quick_reference import troubleshooting
 from tests.support.nodes import free_port, run_fastcas, start_node
 
@@ -39,9 +40,7 @@ def test_connection_refused_until_the_peer_runs(tmp_path: Path) -> None:
 
     async def main() -> None:
         downloader = P2PChunkDownloader(tmp_path, timeout=10)
-        node = P2PNode(
-            server_host="127.0.0.1", server_port=port, storage_dir=tmp_path / "s", use_dht=False, workers=1
-        )
+        node = P2PNode(server_host="127.0.0.1", server_port=port, storage_dir=tmp_path / "s", use_dht=False, workers=1)
         try:
             with pytest.raises(PeerUnreachable, match=f"127.0.0.1:{port}: Connection refused"):
                 await downloader.fetch_chunk(chunk, "127.0.0.1", port)
@@ -127,9 +126,7 @@ def test_download_from_one_peer_says_so_and_more_nodes_share_it(tmp_path: Path) 
 
 def test_port_already_in_use_until_another_is_taken(tmp_path: Path) -> None:
     async def main(port: int) -> None:
-        node = P2PNode(
-            server_host="127.0.0.1", server_port=port, storage_dir=tmp_path / "s", use_dht=False, workers=1
-        )
+        node = P2PNode(server_host="127.0.0.1", server_port=port, storage_dir=tmp_path / "s", use_dht=False, workers=1)
         try:
             await node.initialize()
             node.start_server()
@@ -167,6 +164,15 @@ def test_file_not_found_until_it_is_published(tmp_path: Path) -> None:
 
         asyncio.run(discover())
         assert run_fastcas("store", str(source), "--storage-dir", str(node.storage)).returncode == 0
+
+        async def fetch_through_the_link_alone() -> None:
+            link = Link(bytes.fromhex(file_hash), dht=(PeerAddr("127.0.0.1", node.dht_port or 0),))
+            async with P2PClient(download_dir=tmp_path / "e") as client:
+                path = await client.download_file(str(link))
+                assert path is not None
+                assert path.read_bytes() == source.read_bytes()
+
+        asyncio.run(fetch_through_the_link_alone())
         done = run_fastcas("get", file_hash, "-o", str(tmp_path / "out"), *bootstrap)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "out").read_bytes() == source.read_bytes()

@@ -19,6 +19,7 @@ import pytest
 from fastcas.errors import NetworkError
 from fastcas.peers.dht_process import DhtProcess
 from fastcas.peers.discovery import PeerHint
+from fastcas.peers.manager import P2PPeerManager
 from fastcas.peers.ring_discovery import RingDiscovery
 from fastcas.table import Channel, Ring, write_keys
 
@@ -306,6 +307,28 @@ def test_outstanding_requests_are_asked_again_on_new_rings() -> None:
             assert await asyncio.wait_for(asking, BUDGET_S) == []
             await discovery.close()
             await b.start(network_key=b"secret")
+
+    asyncio.run(body())
+
+
+def test_chunks_registered_by_name_are_announced_again_after_the_process_died() -> None:
+    async def body() -> None:
+        async with children(2) as (first, second):
+            manager = P2PPeerManager(first.discovery)
+            await first.start(data_port=9000)
+            await manager.register_chunks_in_dht([digest.hex() for digest in digests(300)])
+            assert (await manager.discovery.stats())["chunks_offered"] == 300
+            first.process.kill()
+            await first.wait()
+            requests, answers = Ring.create(), Ring.create()
+            second.fds = [requests.memfd, requests.eventfd, answers.memfd, answers.eventfd]
+            first.discovery.replace_rings(requests, answers)
+            await second.start(data_port=9000)
+
+            async def is_offered() -> bool:
+                return bool((await manager.discovery.stats())["chunks_offered"] == 300)
+
+            await until(is_offered)
 
     asyncio.run(body())
 

@@ -1,8 +1,9 @@
 """What a hostile network says: valid datagrams of every kind, caught in a small network, and mutations of them.
 
 `caught()` returns the samples; `Mutator` makes datagrams from them, the same ones for the same seed. As a program it is
-the attacker: `python -m tests.support.dht_hostile PORT COUNT PER_S SEED` sends mutated datagrams to a node on
-loopback from many addresses, and keeps in step with it: after every batch it waits for the answer to a good request.
+the attacker: `python -m tests.support.dht_hostile PORT PER_S SEED` sends as many mutated datagrams as each line of its
+input says to a node on loopback from many addresses, answers with a line, and keeps in step with the node: after every
+batch it waits for the answer to a good request.
 """
 
 from __future__ import annotations
@@ -151,33 +152,40 @@ class Mutator:
         return (data * 200)[: self.rng.choice((0, 1, 20, 21, 22, 1199, 1200, 1201, 1400, 9000))]
 
 
-def attack(port: int, count: int, per_s: float, seed: int) -> None:
-    """Send `count` mutated datagrams to 127.0.0.1, at most `per_s` a second, in step with the node."""
-    mutator = Mutator(seed, caught())
-    sources = []
-    for number in range(N_SOURCES):
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        sock.bind((f"127.66.{number // 250}.{number % 250 + 1}", 0))
-        sock.setblocking(False)
-        sources.append(sock)
-    pace = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    pace.settimeout(0.2)
-    good = encode(REQUEST, b"p" * 20, ["fn", [1, 1, b"P" * 20, b"", bytes(20), 1]])
-    begin = time.monotonic()
-    for start in range(0, count, BATCH):
-        for _ in range(min(BATCH, count - start)):
-            try:
-                mutator.rng.choice(sources).sendto(mutator.datagram(), ("127.0.0.1", port))
-            except BlockingIOError:
-                continue
-        while True:
-            pace.sendto(good, ("127.0.0.1", port))
-            try:
-                if pace.recv(2000)[:1] == bytes((REPLY,)):
-                    break
-            except TimeoutError:
-                continue
-        time.sleep(max(0.0, begin + (start + BATCH) / per_s - time.monotonic()))
+class Attacker:
+    """Sends mutated datagrams to 127.0.0.1, at most `per_s` a second, in step with the node."""
+
+    def __init__(self, port: int, per_s: float, seed: int) -> None:
+        self.mutator = Mutator(seed, caught())
+        self.address = ("127.0.0.1", port)
+        self.per_s = per_s
+        self.sources = []
+        for number in range(N_SOURCES):
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.bind((f"127.66.{number // 250}.{number % 250 + 1}", 0))
+            sock.setblocking(False)
+            self.sources.append(sock)
+        self.pace = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.pace.settimeout(0.2)
+
+    def send(self, count: int) -> None:
+        """Send so many; the node has taken them when this returns."""
+        good = encode(REQUEST, b"p" * 20, ["fn", [1, 1, b"P" * 20, b"", bytes(20), 1]])
+        begin = time.monotonic()
+        for start in range(0, count, BATCH):
+            for _ in range(min(BATCH, count - start)):
+                try:
+                    self.mutator.rng.choice(self.sources).sendto(self.mutator.datagram(), self.address)
+                except BlockingIOError:
+                    continue
+            while True:
+                self.pace.sendto(good, self.address)
+                try:
+                    if self.pace.recv(2000)[:1] == bytes((REPLY,)):
+                        break
+                except TimeoutError:
+                    continue
+            time.sleep(max(0.0, begin + (start + BATCH) / self.per_s - time.monotonic()))
 
 
 class EvilNode(asyncio.DatagramProtocol):
@@ -203,4 +211,8 @@ class EvilNode(asyncio.DatagramProtocol):
 
 
 if __name__ == "__main__":
-    attack(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))
+    attacker = Attacker(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        attacker.send(int(line))
+        print("sent", flush=True)

@@ -80,7 +80,7 @@ def placed_share(nodes: Sequence[FcServer], publisher: FcServer, keys: U64, r: i
     Args:
         nodes: All nodes that are alive. The publisher answers for its own keys and counts as holding them.
         publisher: Whose keys they are.
-        keys: Sorted distinct keys; all of them are looked at.
+        keys: Sorted distinct keys of the publisher's; all of them are looked at.
         r: Copies per key.
     """
     ids = np.array([id_key(node.identity.node_id) for node in nodes], dtype=np.uint64)

@@ -10,9 +10,12 @@ import asyncio
 import random
 import selectors
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
+from unittest.mock import patch
 
+from fastcas.dht import identity, protocol, records
 from fastcas.dht.server import FcServer
 from fastcas.peers.policy import AddressPolicy
 
@@ -181,9 +184,38 @@ def true_nearest(nodes: list[FcServer], target: int, k: int) -> list[bytes]:
     return sorted(ids, key=lambda node_id: int.from_bytes(node_id) ^ target)[:k]
 
 
+@contextmanager
+def known_signatures() -> Iterator[None]:
+    """Let nodes believe a signature that one of this process's keys has just made, without the arithmetic.
+
+    Any other one is verified as ever: the answers are the same, a network takes a third less time.
+    """
+    made: set[tuple[bytes, bytes, bytes]] = set()
+    sign = identity.Identity.sign
+
+    def sign_and_remember(self: identity.Identity, text: bytes) -> bytes:
+        signature = sign(self, text)
+        made.add((self.public, signature, text))
+        return signature
+
+    def verify(public: bytes, signature: bytes, text: bytes) -> bool:
+        seen = (public, signature, text)
+        if seen in made:
+            made.remove(seen)
+            return True
+        return identity.verify(public, signature, text)
+
+    with (
+        patch.object(identity.Identity, "sign", sign_and_remember),
+        patch.object(protocol, "verify", verify),
+        patch.object(records, "verify", verify),
+    ):
+        yield
+
+
 def run(body: Callable[[VirtualNet], Coroutine[Any, Any, T]], **options: Any) -> T:
     """Run `body(net)` in a fresh virtual network and return its result; all nodes are stopped at the end."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+    with known_signatures(), asyncio.Runner(loop_factory=VirtualLoop) as runner:
         loop = runner.get_loop()
         assert isinstance(loop, VirtualLoop)
         net = VirtualNet(loop, **options)

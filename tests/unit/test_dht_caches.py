@@ -197,16 +197,16 @@ def test_failed_search_fails_for_all_who_wait() -> None:
 # --- searches ---
 
 
-async def peers_of_file(node: FcServer, want: int = 32, *, refresh: bool = False) -> tuple[set[Peer], int]:
+async def peers_of_file(node: FcServer, want: int = 32) -> tuple[set[Peer], int]:
     before = node.protocol.counters["requests"]
     found: set[Peer] = set()
-    await node.finder.find_file(FILE, want, 10.0, found.update, refresh=refresh)
+    await node.finder.find_file(FILE, want, 10.0, found.update)
     return found, node.protocol.counters["requests"] - before
 
 
-async def peers_of_chunks(node: FcServer, hashes: bytes, *, refresh: bool = False) -> tuple[int, int]:
+async def peers_of_chunks(node: FcServer, hashes: bytes) -> tuple[int, int]:
     before = node.protocol.counters["requests"]
-    n = await node.finder.find_chunks(hashes, 4, 30.0, lambda news: None, refresh=refresh)
+    n = await node.finder.find_chunks(hashes, 4, 30.0, lambda news: None)
     return n, node.protocol.counters["requests"] - before
 
 
@@ -226,7 +226,6 @@ def test_repeated_searches_cost_little_and_see_what_is_new_and_what_has_left() -
         assert (await peers_of_file(seeker, 2))[1] == 0  # as many as are wanted are known
         await publishers[0].close()
         assert {peer.node_id for peer in (await peers_of_file(seeker))[0]} == {publishers[1].identity.node_id}
-        assert (await peers_of_file(seeker, refresh=True))[1] >= 20
         await asyncio.sleep(601)
         assert (await peers_of_file(seeker))[1] >= 20
 
@@ -246,9 +245,6 @@ def test_chunks_that_were_missed_are_found_when_they_were_announced_since() -> N
         await publisher.announcer.announce_chunks(keys_of(hashes))
         assert (await peers_of_chunks(seeker, hashes))[0] == 300
         assert await peers_of_chunks(seeker, hashes) == (300, 0)
-        n, cost = await peers_of_chunks(seeker, hashes, refresh=True)
-        assert n == 300
-        assert cost > 100
         await asyncio.sleep(61)  # fewer peers than wanted: asked again, in the same regions
         n, cost = await peers_of_chunks(seeker, hashes)
         assert n == 300

@@ -46,7 +46,7 @@ def test_every_chunk_that_a_living_node_knows_of_is_found_whatever_part_is_dead(
         hashes = random.Random(7).randbytes(32 * 2000)
         publisher, *others = nodes
         assert await publisher.announcer.announce_chunks(keys_of(hashes)) == 2000
-        for n_dead, share in ((0, 1.0), (90, 0.999), (150, 0.98)):
+        for n_dead, share in ((0, 1.0), (90, 0.999), (150, 0.99)):
             living = [node for node in others if not node.is_closed]
             net.kill(net.rng.sample(living, n_dead - (len(others) - len(living))))
             living = [node for node in living if not node.is_closed]

@@ -7,12 +7,14 @@ import random
 
 import pytest
 
+from fastcas.dht.contacts import Contact
 from fastcas.dht.finder import Finder
 from fastcas.dht.lookup import Lookup
 from fastcas.dht.peerlist import Peer
 from fastcas.dht.provided import keys_of, metadata_key
 from fastcas.dht.records import MetadataStore
 from fastcas.dht.server import FcServer
+from fastcas.dht.wire import OK
 from tests.support.virtual_net import DATA_PORT, VirtualNet, address_of, run, true_nearest
 
 FILE = bytes(range(32))
@@ -65,6 +67,30 @@ def test_lookups_and_chunks_survive_30_percent_dead_and_5_percent_loss() -> None
             assert result.n_asked <= 120
             recall += len({c.id for c in result.nodes} & set(true_nearest(alive, target, 20))) / 20
         assert recall / 20 >= 0.95
+
+    run(body)
+
+
+def test_node_that_leaves_is_in_nobodys_table_any_more_and_lookups_do_not_wait_for_it() -> None:
+    async def body(net: VirtualNet) -> None:
+        nodes = await net.grow(8)
+        leaving, liar = nodes[3], await net.node(99)
+        liar.identity.node_id = leaving.identity.node_id
+        others = [node for node in nodes if node is not leaving]
+        assert all(node.protocol.router.get(leaving.identity.node_id) for node in others)
+        for node in others:
+            at = Contact(node.identity.node_id, *address_of(node))
+            reply = await liar.protocol.write(at, "wd", [0, b""], hard_s=1.0)
+            assert reply is not None and reply.status == OK  # it has a token, but not that address
+        assert all(node.protocol.router.get(leaving.identity.node_id) for node in others)
+        liar.stop()
+        await asyncio.sleep(2)  # what it set off is over
+        await leaving.close()  # which has announced nothing to anybody
+        for node in others:
+            assert node.protocol.router.get(leaving.identity.node_id) is None
+            timeouts = node.protocol.counters["timeouts"]
+            await Lookup(node.protocol, int.from_bytes(leaving.identity.node_id)).run()
+            assert node.protocol.counters["timeouts"] == timeouts
 
     run(body)
 

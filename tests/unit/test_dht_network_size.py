@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterable
 
 import pytest
 
+from fastcas.dht.contacts import Contact
 from fastcas.dht.network_size import NetworkSize, expected_distance, from_table, is_crowded
 from tests.support.dht_sim import ideal_network, measure_lookups
 from tests.support.virtual_net import VirtualNet, run
@@ -102,11 +104,50 @@ def test_node_that_made_lookups_knows_the_size_of_its_network(n: int) -> None:
     run(body)
 
 
+def test_estimate_is_worked_out_again_after_the_table_or_the_samples_changed_and_only_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def counted(own_id: int, ids: Iterable[int], full: int) -> tuple[float, float]:
+        calls.append(1)
+        return from_table(own_id, ids, full)
+
+    monkeypatch.setattr("fastcas.dht.protocol.from_table", counted)
+
+    async def body(net: VirtualNet) -> None:
+        protocol = (await net.node(1)).protocol
+        rng = random.Random(3)
+
+        def change(number: int) -> None:
+            contacts = list(protocol.router)
+            match rng.randrange(4):
+                case 0 if contacts:
+                    protocol.router.remove_contact(rng.choice(contacts))
+                case 1 if number >= 200:  # before, the table alone decides
+                    target, ids = rng.getrandbits(160), [rng.getrandbits(160) for _ in range(99)]
+                    protocol.size.note(target, distances(ids, target), is_all=False)
+                case 2 if contacts:  # it moved to another address
+                    protocol.router.add_verified(Contact(rng.choice(contacts).id, "10.9.9.9", rng.randrange(1, 9)), 1.0)
+                case _:
+                    protocol.router.add_verified(Contact(rng.randbytes(20), f"10.1.1.{rng.randrange(255)}", 1), 1.0)
+
+        for number in range(300):
+            change(number)
+            n_calls = len(calls)
+            found = {protocol.estimated_nodes() for _ in range(5)}
+            assert len(calls) <= n_calls + 1
+            own = from_table(protocol.source_node.long_id, (contact.long_id for contact in protocol.router), 20)
+            assert found == {protocol.size.estimate(own) + 1}
+
+    run(body)
+
+
 @pytest.mark.slow
 def test_nodes_know_the_size_within_a_factor_of_two_soon_after_many_joined_at_the_same_time() -> None:
     async def body(net: VirtualNet) -> None:
         nodes = await net.grow(120)
-        await asyncio.sleep(90)
+        await asyncio.sleep(20)
         estimates = sorted(node.estimated_nodes for node in nodes)
         # Tables that filled in a storm are uneven; the refreshes of the next hour bring them within a quarter.
         assert estimates[12] >= 120 / 2

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from fastcas.errors import (
 )
 from fastcas.fetch import P2PChunkDownloader, P2PClient
 from fastcas.fetch.manifests import find_manifest
+from fastcas.ids import PeerAddr
+from fastcas.peers.dht_process import DhtProcess
+from fastcas.peers.discovery import MemoryDiscovery, MemoryNetwork
 from tests.support.evil_peer import Peer, content_of
 
 CONTENT = content_of(5 * 16384 + 1)
@@ -195,6 +199,38 @@ def test_manifest_alone() -> None:
                 await find_manifest(bytes(32), None, [peer.addr], timeout_s=1)
 
     run(work)
+
+
+def test_client_joins_through_the_dht_nodes_of_links_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[Any] = []
+
+    class Discovery(MemoryDiscovery):
+        async def bootstrap(self, peers: Sequence[tuple[str, int]]) -> int:
+            joined.append(list(peers))
+            return 1
+
+    class Process(DhtProcess):
+        discovery = Discovery(MemoryNetwork())  # type: ignore[assignment]
+        is_alive = True  # type: ignore[assignment]
+
+        async def start(self) -> None:
+            joined.append(self._bootstrap)
+            self.contacts = 1
+
+    monkeypatch.setattr("fastcas.fetch.client.DhtProcess", Process)
+
+    async def work() -> None:
+        async with Peer(CONTENT) as peer, P2PClient(download_dir=tmp_path / "a", timeout_s=0.2) as client:
+            named = replace(peer.link(), dht=(PeerAddr("10.0.0.1", 1),))
+            await client.fetch_file(named)
+            assert joined == []  # the peers of the link are enough
+            for port in (2, 3):
+                assert (
+                    await client.download_file(str(replace(named, peers=(), dht=(PeerAddr("10.0.0.1", port),)))) is None
+                )
+
+    run(work)
+    assert joined == [[("10.0.0.1", 2)], [("10.0.0.1", 3)]]
 
 
 def test_client_without_an_answering_bootstrap_node_says_so(tmp_path: Path) -> None:

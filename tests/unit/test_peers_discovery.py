@@ -24,6 +24,7 @@ from fastcas.peers.discovery import (
 )
 from fastcas.peers.ring_discovery import RingDiscovery
 from fastcas.table import Ring
+from tests.support.waiting import until
 
 FILE, OTHER = bytes(range(32)), bytes(32)
 A = PeerHint("a" * 40, "10.0.0.1", 9000, "memory")
@@ -252,6 +253,28 @@ def test_ring_calls_return_numbers_and_raise_typed_errors() -> None:
             await ring.announce_chunks([os.urandom(32) for _ in range(2000)])
         await ring.close()
         script.close()
+
+    asyncio.run(body())
+
+
+def test_ring_tells_a_new_process_the_chunks_that_were_announced_and_not_withdrawn() -> None:
+    async def body() -> None:
+        scripts = [Script(lambda request: [{"ok": True, "stored": 1}]) for _ in range(3)]
+        ring = RingDiscovery(*scripts[0].mine)
+        assert await ring.announce_chunks([FILE]) == await ring.announce_chunks([OTHER]) == 1
+        ring.replace_rings(*scripts[1].mine)
+        await until(lambda: bool(scripts[1].seen), "the new process was told")
+        await ring.withdraw(chunks=[FILE])
+        ring.replace_rings(*scripts[2].mine)
+        await until(lambda: bool(scripts[2].seen), "the next process was told")
+        await ring.withdraw(everything=True)
+        ring.replace_rings(*(last := Script(lambda request: [{"ok": True}])).mine)
+        assert await ring.stats() == {}
+        told = [[request.get("keys") for request in script.seen] for script in (*scripts[1:], last)]
+        assert told == [[OTHER + FILE, FILE], [OTHER, None], [None]]
+        await ring.close()
+        for script in (*scripts, last):
+            script.close()
 
     asyncio.run(body())
 
