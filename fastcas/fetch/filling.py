@@ -22,7 +22,7 @@ from fastcas.fetch.partfile import PartFile, storage_error
 from fastcas.fetch.rebuild import ParityPlan
 from fastcas.fetch.receiver import HASH_OK, LINK_OK, Answer, AsyncReceiver, Outcome, describe
 from fastcas.fetch.remote import Remote
-from fastcas.fetch.scheduler import Ask, Scheduler, lowest_bits
+from fastcas.fetch.scheduler import Ask, Scheduler, lowest_bits, to_set
 from fastcas.fetch.swarmview import next_target
 from fastcas.fetch.tasks import TaskSet
 from fastcas.fetch.trust import Chain, Verdict, judge
@@ -69,7 +69,7 @@ class Filling:
         self._part = part
         self._job = Job(manifest, part.fd, part.parity_fd)
         self._data = (1 << manifest.n_chunks) - 1
-        candidates = sum(1 << index for index in part.candidates)
+        candidates = to_set(part.candidates, manifest.n_chunks)
         self._scheduler = Scheduler(
             manifest.n_total, manifest.chunk_size, wanted=self._data & ~candidates, rng=random.Random()
         )
@@ -229,7 +229,8 @@ class Filling:
         self._bytes_done += self.manifest.length_of(index)
         if self.chain.link_holds(index):
             self._scheduler.allowed = self.chain.allowed()
-        self._unlisted.append((index, True))
+        if not self._part.candidates.get(index):  # else the journal lists it already
+            self._unlisted.append((index, True))
         if self._settings.hooks is not None:
             self._settings.hooks.on_chunk(index)
 
@@ -253,7 +254,6 @@ class Filling:
                 self._chunk_here(index)
             else:
                 doubtful.append(index)
-        self._unlisted.clear()  # the journal lists them already
         for at in range(0, len(doubtful), LOCAL_BATCH):
             batch = [(index, part.fd, index * manifest.chunk_size) for index in doubtful[at : at + LOCAL_BATCH]]
             for index, flags in await check_batch(self._job, batch, write=False):

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fastcas import limits
 
-__all__ = ["Ask", "PeerState", "Scheduler", "bits", "from_bitfield", "lowest_bits"]
+__all__ = ["Ask", "PeerState", "Scheduler", "bits", "from_bitfield", "lowest_bits", "to_set"]
 
 BUSY_S = 0.05
 FAILURE_MIN_S = 0.5
@@ -62,6 +62,14 @@ def lowest_bits(number: int, count: int) -> list[int]:
             break
         out.append(bit)
     return out
+
+
+def to_set(chunks: Iterable[int], n: int) -> int:
+    """Return the chunk set of some chunk numbers below `n`. Cost: linear."""
+    field = bytearray(n // 8 + 1)
+    for index in chunks:
+        field[index >> 3] |= 1 << (index & 7)
+    return int.from_bytes(field, "little")
 
 
 _MIRROR = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))

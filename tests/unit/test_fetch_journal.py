@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -26,6 +27,14 @@ def path(tmp_path: Path) -> Path:
     journal.add([(3, False), (7, True)])
     journal.close()
     return where
+
+
+def append(where: Path, index: int) -> None:
+    """List one more chunk, as a resumed download does."""
+    journal = Journal(where, MANIFEST)
+    journal.read(10)
+    journal.add([(index, True)])
+    journal.close()
 
 
 def listed(where: Path, manifest_hash: bytes = MANIFEST, n: int = 10) -> dict[int, bool]:
@@ -63,11 +72,44 @@ def test_any_flipped_bit_loses_at_most_its_record(path: Path) -> None:
 def test_torn_record_does_not_shift_the_next(path: Path) -> None:
     with path.open("ab") as file:
         file.write(b"\xff" * 16)
+    append(path, 9)
+    assert listed(path) == LISTED | {9: True}
+
+
+@pytest.mark.parametrize("n", range(1, RECORD.size))
+def test_record_cut_short_is_overwritten_by_the_next(path: Path, n: int) -> None:
+    with path.open("ab") as file:
+        file.write(path.read_bytes()[-RECORD.size :][:n])
+    append(path, 9)
+    assert listed(path) == LISTED | {9: True}
+
+
+def test_failed_append_does_not_shift_the_next(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(path, MANIFEST)
-    os.lseek(journal._fd, 0, os.SEEK_END)
+    journal.read(10)
+    pwrite = os.pwrite
+
+    def torn(fd: int, data: bytes, at: int) -> int:
+        if len(data) != RECORD.size:
+            raise OSError(errno.ENOSPC, "no room")
+        return pwrite(fd, data[:5], at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", torn)
+        with pytest.raises(OSError, match="no room"):
+            journal.add([(8, True)])
     journal.add([(9, True)])
     journal.close()
     assert listed(path) == LISTED | {9: True}
+
+
+def test_endless_journal_counts_as_damaged(path: Path) -> None:
+    with path.open("ab") as file:
+        file.truncate(1 << 30)
+    journal = Journal(path, MANIFEST)
+    found = journal.read(10)
+    journal.close()
+    assert (found.chunks, found.readable, found.is_ours) == ({}, False, True)
 
 
 def test_journal_of_another_manifest_lists_nothing(path: Path) -> None:
