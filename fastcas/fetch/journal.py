@@ -10,9 +10,9 @@
     then records of 16 bytes: 4 chunk number, 4 flags (1 = link checked), 8 xxh3_64(manifest hash + these 8 bytes)
 
 A record is appended after the chunk's bytes were written. A torn or damaged record is skipped, a damaged or missing
-header makes every chunk of the part file a candidate: both cost a re-hash, never an error. What a journal lists is never
-taken away before a header says so: a resumed download appends to it, a new one gets its header last. The file is
-locked (flock) while a download writes, so that two never share a part file.
+header makes every chunk of the part file a candidate: both cost a re-hash, never an error. A kill takes nothing away
+that was listed: a resumed download appends to its journal, a new journal gets its header last. The file is locked
+(flock) while a download writes, so that two never share a part file.
 """
 
 from __future__ import annotations

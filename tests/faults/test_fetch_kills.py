@@ -12,8 +12,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from tests.support.evil_peer import Peer, content_of
 from tests.support.fetch_crash_rig import Rig, rig
 
@@ -23,9 +21,9 @@ CONTENT = content_of(40 * CHUNK + 5)
 N_HALF = 20
 PATIENCE = 2  # downloads in a row that came through: no thread makes so many calls of the kind
 KINDS = (
-    "openat", "mkdir", "flock", "fallocate", "ftruncate", "pwrite64", "pread64", "lseek", "fsync", "renameat2", "unlink",
-    "close", "clone3", "socket", "connect", "sendto", "recvfrom", "epoll_ctl", "epoll_wait", "read", "write", "futex",
-    "newfstatat", "fcntl", "madvise", "eventfd2", "pipe2", "mmap",
+    "openat", "mkdir", "flock", "fallocate", "ftruncate", "pwrite64", "pread64", "lseek", "fsync", "renameat2",
+    "unlink", "close", "clone3", "socket", "connect", "sendto", "recvfrom", "epoll_ctl", "epoll_wait", "read", "write",
+    "futex", "newfstatat", "fcntl", "madvise", "eventfd2", "pipe2", "mmap",
 )  # fmt: skip
 FEW = (
     ("fresh", "pwrite64", (1, 2, 3, 9)), ("fresh", "fallocate", (1,)), ("fresh", "flock", (1,)),
@@ -88,9 +86,8 @@ def test_killed_at_any_call_goes_on_from_there(tmp_path: Path) -> None:
                         status = await kill_and_resume(made, template, kind, n)
                         n, n_passed = n + 1, n_passed + 1 if status == 0 else 0
                         count[f"{state} {'killed' if status else 'came through'}"] += 1
-        print(
-            f"\n{count.total()} downloads in {time.monotonic() - started:.0f} s: {dict(count)}; 0 wrong bytes, all resumed"
-        )
+        seconds = time.monotonic() - started
+        print(f"\n{count.total()} downloads in {seconds:.0f} s: {dict(count)}; 0 wrong bytes, all resumed")
         assert sum(n for name, n in count.items() if name.endswith("killed")) >= 1000
 
     asyncio.run(all_points() if IS_LONG else few())

@@ -74,7 +74,7 @@ class Rig:
             "-p", str(pid), stderr=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
         mark = f"TracerPid:\t{tracer.pid}\n"
-        while mark not in Path(f"/proc/{pid}/status").read_text():
+        while mark not in Path(f"/proc/{pid}/status").read_text():  # noqa: ASYNC240 - a moment
             assert tracer.returncode is None, "strace did not attach"
             await asyncio.sleep(0.001)
         ended = await self.ask()
