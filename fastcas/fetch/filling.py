@@ -75,6 +75,8 @@ class Filling:
         )
         self._scheduler.allowed = chain.allowed()
         self._parity = ParityPlan(manifest) if manifest.n_parity else None
+        if self._parity is not None:
+            self._scheduler.stand_in = self._parity_for
         self._local_parity = 0  # chunk set: parity that lies elsewhere on this machine
         self._rebuilding: asyncio.Task[None] | None = None
         self._here = 0  # chunk set: checked and in its place
@@ -126,6 +128,9 @@ class Filling:
     def _on_have(self, remote: Remote) -> None:
         self._scheduler.add_peer(remote.addr)
         self._scheduler.set_have(remote.addr, remote.have, is_seed=remote.is_seed)
+        if remote.came_back:
+            remote.came_back = False
+            self._scheduler.came_back(remote.addr)
         self._pump()
 
     def _on_ban(self, remote: Remote) -> None:
@@ -314,6 +319,15 @@ class Filling:
                     self._scheduler.want(index)
             if ours and self._settings.local is not None:
                 self._tasks.spawn(self._take_parity(self._settings.local, ours))
+
+    def _parity_for(self, index: int, have: int) -> int | None:
+        """A parity chunk that a peer can give while chunk `index` is late elsewhere."""
+        if self._parity is None or self.chain.first_allowed:
+            return None
+        chunk = self._parity.stand_in(index, have, self._here)
+        if chunk is not None:
+            self._scheduler.want(chunk)
+        return chunk
 
     def _held(self) -> int:
         """The chunks that somebody has who can be asked."""

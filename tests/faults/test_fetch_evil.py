@@ -1,0 +1,107 @@
+"""Peers that misbehave in every scripted way: beside a good one the file is right, alone the end is typed and in time.
+
+`test_fetch_behaviours` has the verdicts of chunk answers; here are the other requests, crowds of liars, and memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastcas.errors import ChunkNotFound, FastCASError, NoPeers, Stalled
+from fastcas.fetch import receiver
+from fastcas.fetch.download import DownloadResult, download
+from fastcas.fetch.receiver import AsyncReceiver
+from fastcas.ids import Link
+from tests.support.evil_peer import BEHAVIOURS, WAYS, Peer, content_of
+
+ROOT = Path(__file__).parents[2]
+CHUNK = 16384
+CONTENT = content_of(60 * CHUNK + 777)
+EVERYTHING = [*BEHAVIOURS, *WAYS]
+HARMLESS = {"content_location", "close_after"}
+LIMIT_MIB = 256
+
+
+def run(work: Callable[[], Awaitable[Any]]) -> Any:
+    """Run a test's coroutine with a budget."""
+
+    async def bounded() -> Any:
+        async with asyncio.timeout(60):
+            return await work()
+
+    return asyncio.run(bounded())
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadlines of one request in tenths of a second, so that silence is noticed soon."""
+
+    def quick(**_: Any) -> AsyncReceiver:
+        return AsyncReceiver(n_threads=2, connect_s=1.0, first_byte_s=0.3, stall_s=0.3)
+
+    monkeypatch.setattr(receiver, "AsyncReceiver", quick)
+
+
+async def get(link: Link, out: Path, **options: Any) -> DownloadResult:
+    """Download without discovery."""
+    return await download(link, out, discovery=None, **options)
+
+
+async def beside(names: list[str], out: Path, *, bare: bool, n_leechers: int = 0) -> tuple[list[Peer], DownloadResult]:
+    """Download from one good peer, one of each of these, and leechers that have the first chunks."""
+    evils = [Peer(CONTENT, behaviour=name) for name in names]
+    others = [Peer(CONTENT), *(Peer(CONTENT, have={0, 1, 2}) for _ in range(n_leechers))]
+    peers = [*evils, *others]
+    try:
+        for peer in peers:
+            await peer.start()
+        result = await get(others[0].link(bare=bare, peers=tuple(peer.addr for peer in peers)), out)
+    finally:
+        for peer in peers:
+            await peer.stop()
+    return evils, result
+
+
+def test_there_are_many_ways_to_be_evil() -> None:
+    assert len(set(EVERYTHING)) == len(EVERYTHING) >= 90
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("name", sorted(WAYS))
+def test_one_evil_peer_beside_a_good_one(tmp_path: Path, name: str, bare: bool) -> None:
+    out = tmp_path / "out"
+    n_leechers = 1 if WAYS[name][0] == "next" else 0  # without leechers nobody is asked for NEXT
+    run(lambda: beside([name], out, bare=bare, n_leechers=n_leechers))
+    assert out.read_bytes() == CONTENT
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", sorted(set(WAYS) - HARMLESS))
+def test_one_evil_peer_alone_ends_in_words(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    if WAYS[name][0] == "next" or name in ("swarm_lying_peers", "swarm_thousands_of_peers", "swarm_says_it_is_another"):
+        pytest.skip("alone it is a good peer")
+
+    async def work() -> None:
+        async with Peer(CONTENT, behaviour=name) as evil:
+            with pytest.raises(FastCASError) as caught:
+                await get(evil.link(), out, timeout_s=1.0, stall_timeout_s=1.0)
+            assert isinstance(caught.value, ChunkNotFound | NoPeers | Stalled), caught.value
+            assert str(evil.addr) in str(caught.value)
+
+    run(work)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("first", range(0, len(EVERYTHING), 9))
+def test_nine_evil_of_ten(tmp_path: Path, first: int) -> None:
+    out = tmp_path / "out"
+    run(lambda: beside(EVERYTHING[first : first + 9], out, bare=first % 2 == 1, n_leechers=first % 2))
+    assert out.read_bytes() == CONTENT
