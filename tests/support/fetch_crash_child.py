@@ -57,6 +57,7 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             os.close(say_out)
+            os.close(go_in)
             os._exit(child(json.loads(line), go_out, say_in))
         os.close(go_out)
         os.close(say_in)
