@@ -11,7 +11,7 @@ import pytest
 
 from fastcas.errors import DestinationExists, StoreLocked, UsageError
 from fastcas.fetch.journal import HEADER, RECORD, Journal
-from fastcas.fetch.partfile import PartFile, has_content, prepare_folder, safe_name
+from fastcas.fetch.partfile import PartFile, clear_leftovers, has_content, prepare_folder, safe_name
 from tests.support.evil_peer import content_of, make_manifest
 
 MANIFEST = bytes(range(32))
@@ -213,3 +213,53 @@ def test_prepare_folder_says_what_is_in_the_way(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "sub"):
         with pytest.raises(UsageError, match=re.escape(str(folder))):
             prepare_folder(folder)
+
+
+def test_part_file_with_any_damage_in_its_journal_keeps_what_is_there(tmp_path: Path) -> None:
+    content = content_of(4 * 16384)
+    manifest = make_manifest(content)
+    out = tmp_path / "x"
+    part = PartFile(out, manifest)
+    for index in (1, 2):
+        os.pwrite(part.fd, content[index * 16384 : (index + 1) * 16384], index * 16384)
+    part.journal.add([(1, True), (2, True)])
+    part.close()
+    journal = tmp_path / "x.fastcas-journal"
+    whole = journal.read_bytes()
+    in_header = [(at, whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]) for at in range(HEADER.size)]
+    cut = [(at, whole[:at]) for at in range(HEADER.size)]
+    for at, damaged in (*in_header, *cut):
+        journal.write_bytes(damaged)
+        again = PartFile(out, manifest)
+        assert {1, 2} <= again.candidates.keys(), at
+        again.close()
+        once_more = PartFile(out, manifest)
+        assert {1, 2} <= once_more.candidates.keys(), at
+        once_more.close()
+    for at in range(HEADER.size, len(whole)):
+        for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]):
+            journal.write_bytes(damaged)
+            again = PartFile(out, manifest)
+            assert again.candidates.keys() <= {1, 2}
+            again.close()
+
+
+def test_leftovers_beside_a_finished_file_are_removed_and_others_are_not(tmp_path: Path) -> None:
+    out, part, journal = tmp_path / "x", tmp_path / "x.fastcas-part", tmp_path / "x.fastcas-journal"
+    out.write_bytes(b"done")
+    journal.touch()
+    clear_leftovers(out)
+    assert not journal.exists()
+    journal.touch()
+    part.hardlink_to(out)
+    clear_leftovers(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    journal.touch()
+    part.write_bytes(b"half of something else")
+    clear_leftovers(out)
+    assert part.exists()
+    part.unlink()
+    running = Journal(journal, MANIFEST)
+    clear_leftovers(out)
+    assert journal.exists()
+    running.close()
