@@ -154,6 +154,10 @@ class Remote:
         """Wait until every request for a chunk has come back."""
         await self._idle.wait()
 
+    def interrupt(self) -> None:
+        """End what the conversation waits for; it begins anew after a pause."""
+        self._close_control()
+
     def close(self) -> None:
         """Close every connection; outstanding requests come back as cancelled."""
         for line in list(self.lines):

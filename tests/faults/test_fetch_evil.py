@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fastcas.errors import ChunkNotFound, FastCASError, NoPeers, Stalled
-from fastcas.fetch import receiver
+from fastcas.fetch import crowd, receiver
 from fastcas.fetch.download import DownloadResult, download
 from fastcas.fetch.receiver import AsyncReceiver
 from fastcas.ids import Link
@@ -170,3 +170,49 @@ def test_memory_stays_bounded_whatever_nine_peers_send(tmp_path: Path, bare: boo
     kib: int = run(work)
     assert kib <= LIMIT_MIB * 1024
     assert out.read_bytes() == content
+
+
+def test_few_manifests_are_fetched_at_once_and_none_after_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crowd, "CLAIM_S", 0.3)
+    sending: set[Peer] = set()
+    asked: set[Peer] = set()
+    enough = asyncio.Event()
+    most = 0
+
+    class Endless(Peer):
+        async def _misbehaves(self, kind: str, detail: Any, writer: asyncio.StreamWriter) -> bool:
+            nonlocal most
+            if kind != "manifests":
+                return False
+            sending.add(self)
+            asked.add(self)
+            if len(asked) > 6:
+                enough.set()
+            most = max(most, len(sending))
+            try:
+                return await super()._misbehaves(kind, detail, writer)
+            finally:
+                sending.discard(self)
+
+    class Late(Peer):
+        async def _misbehaves(self, kind: str, detail: Any, writer: asyncio.StreamWriter) -> bool:
+            if kind == "manifests":
+                await enough.wait()
+            return False
+
+    async def work() -> None:
+        evils = [Endless(CONTENT, behaviour="manifest_never_ends") for _ in range(9)]
+        good = Late(CONTENT)
+        try:
+            for peer in (*evils, good):
+                await peer.start()
+            await get(good.link(peers=tuple(peer.addr for peer in (*evils, good))), tmp_path / "out")
+        finally:
+            for peer in (*evils, good):
+                await peer.stop()
+
+    run(work)
+    assert 3 <= most <= crowd.MANIFESTS_AT_ONCE + 1  # who hung up is noticed a moment later
+    assert not sending
