@@ -93,7 +93,7 @@ def test_fault_that_stays_ends_in_time_with_the_right_exit_status(
     async def work() -> None:
         async with Peer(CONTENT) as peer, TcpFaultProxy(peer.addr, fault) as proxy:
             with pytest.raises(FastCASError) as caught:
-                await get(peer.link(peers=(proxy.addr,)), tmp_path / "out", timeout_s=1.0, stall_timeout_s=1.0)
+                await get(peer.link(peers=(proxy.addr,)), tmp_path / "out", timeout_s=0.6, stall_timeout_s=0.6)
             assert caught.value.exit_code in exits, caught.value
             assert str(proxy.addr) in str(caught.value)
 
