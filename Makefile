@@ -10,7 +10,7 @@ C_FILES := $(shell find csrc -name '*.c')
 C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
 .PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean parity-patterns
-.PHONY: dht-hostile dht-real dht-attacks dht-churn bench-dht
+.PHONY: evil-peers kill-points dht-hostile dht-real dht-attacks dht-churn bench-dht
 
 build: $(STAMP)
 
@@ -44,6 +44,14 @@ fuzz: build
 kill-workers: build
 	FASTCAS_WORKER_KILLS=500 FASTCAS_KILL_CLIENTS=200 $(PY) -m pytest -q -s --timeout 1800 \
 	    tests/faults/test_serve_kills.py -k "worker_kills or hup"
+
+# A download killed at every call of every kind, in four states, and resumed: over a thousand kills
+kill-points: build
+	FASTCAS_KILL_POINTS=all $(PY) -m pytest -q -s --timeout 1800 tests/faults/test_fetch_kills.py
+
+# Nine hostile peers of ten, in every way they have: time and memory against the good peer alone
+evil-peers: build
+	$(PY) -m bench.evil_peers
 
 # Files that heal, end to end, with a 256 MiB file: offline and across three nodes
 heal: build

@@ -29,6 +29,7 @@ from fastcas.ids import (
     parse_ref,
     parse_subset,
 )
+from fastcas.limits import STALL_TIMEOUT_S
 
 if TYPE_CHECKING:
     from fastcas.node.access import Access
@@ -147,20 +148,24 @@ def _open_source(path: str) -> int:
 @_network_options
 @click.option("--force", is_flag=True, help="replace a destination with other content")
 @click.option("--raw", is_flag=True, help="fetch a collection as the file that describes it")
+@click.option("--stall-timeout", type=click.FloatRange(min=0.001), default=STALL_TIMEOUT_S, show_default=True,
+              metavar="SECONDS", help="give up after next to nothing has come from anybody for so long")  # fmt: skip
 @_json_option
 def get_command(
     ref: str, out: str | None, storage_dir: str, peers: tuple[str, ...], bootstrap: tuple[str, ...], timeout: float,
-    network_key: str | None, force: bool, raw: bool, as_json: bool,
+    network_key: str | None, force: bool, raw: bool, stall_timeout: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Fetch a file or directory by its hash or link, and print its path."""
     link = parse_ref(ref)
     _check_network(peers, bootstrap, timeout)
+    if not math.isfinite(stall_timeout):
+        raise UsageError(f"--stall-timeout: expected a number of seconds, got {stall_timeout}")
     if out is not None and not out:
         raise UsageError("-o: expected a path, got ''")
     args = {
         "ref": str(link), "out": os.fsencode(os.path.abspath(out)) if out is not None else None,
         "folder": os.fsencode(os.getcwd()), "peers": list(peers), "bootstrap": list(bootstrap), "timeout_s": timeout,
-        "raw": raw, "force": force, "network_key": network_key,
+        "stall_timeout_s": stall_timeout, "raw": raw, "force": force, "network_key": network_key,
     }  # fmt: skip
     resume_hint(shlex.join([PROGRAM, *sys.argv[1:]]))
     with _access(storage_dir, optional=True) as access, ProgressShow("fetching", as_json=as_json) as show:

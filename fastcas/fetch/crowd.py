@@ -37,6 +37,7 @@ DISCOVERY_PAUSE_S = 3.0
 CALLERS_PAUSE_S = 0.5
 DISCOVERY_DEADLINE_S = 10.0
 PEERS_MAX = 100
+MANIFESTS_AT_ONCE = 4  # that are fetched at the same time: each may take MANIFEST_SIZE_MAX of memory
 CLAIM_S = 1.0  # how long one peer may be the only one asked for the manifest
 
 
@@ -69,6 +70,7 @@ class Crowd:
         self._offer: asyncio.Future[tuple[Manifest, Remote]] | None = None
         self._refused: dict[bytes, str] = {}
         self._claim: tuple[Remote, float] | None = None
+        self._fetching: list[Remote] = []  # who was asked for a manifest and has not answered, oldest first
         self._in_use = asyncio.Event()
         self._n_resolving = 0
 
@@ -201,11 +203,23 @@ class Crowd:
         if not choice:
             return None
         self._claim = (remote, now + CLAIM_S)
+        self._ended_fetch(remote)
+        for slow in self._fetching[: 1 - MANIFESTS_AT_ONCE]:
+            self._ended_fetch(slow)
+            slow.interrupt()
+        self._fetching.append(remote)
         return choice[0]
+
+    def _ended_fetch(self, remote: Remote) -> None:
+        self._fetching = [other for other in self._fetching if other is not remote]
 
     def on_manifest(self, remote: Remote, manifest: Manifest) -> None:
         """See `SwarmListener`."""
         self._claim = None
+        self._ended_fetch(remote)
+        fetching, self._fetching = self._fetching, []
+        for other in fetching:  # theirs is not needed any more
+            other.interrupt()
         if self._offer is not None and not self._offer.done():
             self._offer.set_result((manifest, remote))
 
@@ -237,6 +251,7 @@ class Crowd:
 
     def on_silence(self, remote: Remote) -> None:
         """See `SwarmListener`."""
+        self._ended_fetch(remote)
         if self._claim is not None and self._claim[0] is remote:
             self._claim = None
 

@@ -18,7 +18,7 @@ from fastcas.fetch.crowd import Crowd
 from fastcas.fetch.download import DownloadResult, Progress, Settings
 from fastcas.fetch.filling import Filling, ManifestConvictedError
 from fastcas.fetch.localwork import hash_existing
-from fastcas.fetch.partfile import PartFile, has_content, prepare_folder, safe_name
+from fastcas.fetch.partfile import PartFile, clear_leftovers, has_content, prepare_folder, safe_name
 from fastcas.fetch.receiver import AsyncReceiver
 from fastcas.fetch.remote import Remote
 from fastcas.fetch.tasks import TaskSet
@@ -102,6 +102,7 @@ class FileFetch:
             return None  # the same collection may be there: that is known once its content is
         same = await asyncio.to_thread(has_content, out, self.file_hash)
         if same:
+            await asyncio.to_thread(clear_leftovers, out)
             return await asyncio.to_thread(hash_existing, out)
         if same is False and not self.settings.force:
             raise DestinationExists(

@@ -22,7 +22,7 @@ from fastcas.fetch.partfile import PartFile, storage_error
 from fastcas.fetch.rebuild import ParityPlan
 from fastcas.fetch.receiver import HASH_OK, LINK_OK, Answer, AsyncReceiver, Outcome, describe
 from fastcas.fetch.remote import Remote
-from fastcas.fetch.scheduler import Ask, Scheduler, lowest_bits
+from fastcas.fetch.scheduler import Ask, Scheduler, lowest_bits, to_set
 from fastcas.fetch.swarmview import next_target
 from fastcas.fetch.tasks import TaskSet
 from fastcas.fetch.trust import Chain, Verdict, judge
@@ -69,12 +69,14 @@ class Filling:
         self._part = part
         self._job = Job(manifest, part.fd, part.parity_fd)
         self._data = (1 << manifest.n_chunks) - 1
-        candidates = sum(1 << index for index in part.candidates)
+        candidates = to_set(part.candidates, manifest.n_chunks)
         self._scheduler = Scheduler(
             manifest.n_total, manifest.chunk_size, wanted=self._data & ~candidates, rng=random.Random()
         )
         self._scheduler.allowed = chain.allowed()
         self._parity = ParityPlan(manifest) if manifest.n_parity else None
+        if self._parity is not None:
+            self._scheduler.stand_in = self._parity_for
         self._local_parity = 0  # chunk set: parity that lies elsewhere on this machine
         self._rebuilding: asyncio.Task[None] | None = None
         self._here = 0  # chunk set: checked and in its place
@@ -126,6 +128,9 @@ class Filling:
     def _on_have(self, remote: Remote) -> None:
         self._scheduler.add_peer(remote.addr)
         self._scheduler.set_have(remote.addr, remote.have, is_seed=remote.is_seed)
+        if remote.came_back:
+            remote.came_back = False
+            self._scheduler.came_back(remote.addr)
         self._pump()
 
     def _on_ban(self, remote: Remote) -> None:
@@ -229,7 +234,8 @@ class Filling:
         self._bytes_done += self.manifest.length_of(index)
         if self.chain.link_holds(index):
             self._scheduler.allowed = self.chain.allowed()
-        self._unlisted.append((index, True))
+        if not self._part.candidates.get(index):  # else the journal lists it already
+            self._unlisted.append((index, True))
         if self._settings.hooks is not None:
             self._settings.hooks.on_chunk(index)
 
@@ -253,7 +259,6 @@ class Filling:
                 self._chunk_here(index)
             else:
                 doubtful.append(index)
-        self._unlisted.clear()  # the journal lists them already
         for at in range(0, len(doubtful), LOCAL_BATCH):
             batch = [(index, part.fd, index * manifest.chunk_size) for index in doubtful[at : at + LOCAL_BATCH]]
             for index, flags in await check_batch(self._job, batch, write=False):
@@ -314,6 +319,15 @@ class Filling:
                     self._scheduler.want(index)
             if ours and self._settings.local is not None:
                 self._tasks.spawn(self._take_parity(self._settings.local, ours))
+
+    def _parity_for(self, index: int, have: int) -> int | None:
+        """A parity chunk that a peer can give while chunk `index` is late elsewhere."""
+        if self._parity is None or self.chain.first_allowed:
+            return None
+        chunk = self._parity.stand_in(index, have, self._here)
+        if chunk is not None:
+            self._scheduler.want(chunk)
+        return chunk
 
     def _held(self) -> int:
         """The chunks that somebody has who can be asked."""

@@ -9,9 +9,10 @@
     56      8     xxh3_64 of bytes 0..55
     then records of 16 bytes: 4 chunk number, 4 flags (1 = link checked), 8 xxh3_64(manifest hash + these 8 bytes)
 
-A record is appended after the chunk's bytes were written. A torn or damaged record is skipped, a damaged header makes
-every chunk of the part file a candidate: both cost a re-hash, never an error. The file is locked (flock) while a
-download writes, so that two never share a part file.
+A record is appended after the chunk's bytes were written. A torn or damaged record is skipped, a damaged or missing
+header makes every chunk of the part file a candidate: both cost a re-hash, never an error. A kill takes nothing away
+that was listed: a resumed download appends to its journal, a new journal gets its header last. The file is locked
+(flock) while a download writes, so that two never share a part file.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class Journal:
         """
         self.path = path
         self._manifest_hash = manifest_hash
+        self._end = -1  # where the next record goes; below 0: there is no journal of ours yet
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._fd = os.open(path, flags, 0o600)
         try:
@@ -85,11 +87,9 @@ class Journal:
 
     def read(self, n_chunks: int) -> Listed:
         """Return what it lists of the manifest it was opened for. Damage is skipped."""
-        size = os.fstat(self._fd).st_size
-        data = os.pread(self._fd, min(size, HEADER.size + RECORD.size * 4 * max(n_chunks, 1)), 0)
-        if size == 0:
-            return Listed({}, is_ours=False, readable=True, same_boot=True)
-        if len(data) < HEADER.size:
+        most = HEADER.size + RECORD.size * 4 * max(n_chunks, 1)
+        data = os.pread(self._fd, most + 1, 0)
+        if not HEADER.size <= len(data) <= most:  # nothing, or far more than any download lists
             return Listed({}, is_ours=True, readable=False, same_boot=False)
         magic, manifest_hash, boot, check = HEADER.unpack_from(data)
         if magic != MAGIC or check != xxhash.xxh3_64_intdigest(data[: HEADER.size - 8]):
@@ -98,25 +98,39 @@ class Journal:
         if manifest_hash != self._manifest_hash:
             return Listed({}, is_ours=False, readable=True, same_boot=same_boot)
         chunks: dict[int, bool] = {}
-        whole = HEADER.size + (len(data) - HEADER.size) // RECORD.size * RECORD.size
-        for at in range(HEADER.size, whole, RECORD.size):
+        self._end = HEADER.size + (len(data) - HEADER.size) // RECORD.size * RECORD.size
+        for at in range(HEADER.size, self._end, RECORD.size):
             index, flags, check = RECORD.unpack_from(data, at)
             if index < n_chunks and check == self._check(data[at : at + 8]):
                 chunks[index] = chunks.get(index, False) or bool(flags & LINK_CHECKED)
         return Listed(chunks, is_ours=True, readable=True, same_boot=same_boot)
 
     def start(self, listed: Sequence[tuple[int, bool]] = ()) -> None:
-        """Write a new journal that lists these chunks; what was there is replaced."""
+        """Begin a new journal that lists these chunks; one that was read and is good needs no start.
+
+        Raises:
+            OSError: The disk refuses; what is there then counts as damaged.
+        """
+        records = self._records(listed)
         head = MAGIC + self._manifest_hash + _boot_id()
-        data = head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head)) + self._records(listed)
-        os.ftruncate(self._fd, 0)
-        os.lseek(self._fd, 0, os.SEEK_SET)
-        self._write(data)
+        # Killed at any point: without a header everything in the part file is a candidate.
+        if os.fstat(self._fd).st_size:
+            self._write(bytes(HEADER.size), 0)
+        self._write(records, HEADER.size)
+        os.ftruncate(self._fd, HEADER.size + len(records))
+        self._write(head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head)), 0)
+        self._end = HEADER.size + len(records)
 
     def add(self, chunks: Sequence[tuple[int, bool]]) -> None:
-        """Append chunks whose bytes have been written: (number, link checked). One write."""
+        """Append chunks whose bytes have been written: (number, link checked). One write.
+
+        Raises:
+            OSError: The disk refuses. What it took of these records is overwritten by the next.
+        """
         if chunks:
-            self._write(self._records(chunks))
+            records = self._records(chunks)
+            self._write(records, self._end)
+            self._end += len(records)
 
     def _records(self, chunks: Sequence[tuple[int, bool]]) -> bytes:
         out = bytearray()
@@ -128,10 +142,11 @@ class Journal:
     def _check(self, head: bytes) -> int:
         return xxhash.xxh3_64_intdigest(self._manifest_hash + head)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, at: int) -> None:
         view = memoryview(data)
         while view:
-            view = view[os.write(self._fd, view) :]
+            n = os.pwrite(self._fd, view, at)
+            view, at = view[n:], at + n
 
     def remove(self) -> None:
         """Delete it: the download is finished."""

@@ -15,14 +15,30 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from fastcas.errors import DestinationExists, FastCASError, PermissionDenied, StoreError, StoreFull, UsageError
+from fastcas.errors import (
+    DestinationExists,
+    FastCASError,
+    PermissionDenied,
+    StoreError,
+    StoreFull,
+    StoreLocked,
+    UsageError,
+)
 from fastcas.fetch._receiver import rename_noreplace
 from fastcas.fetch.journal import Journal, Listed
 from fastcas.ids import escape_for_terminal, short
 from fastcas.limits import NAME_BYTES_MAX
 from fastcas.metadata import Manifest
 
-__all__ = ["PART_SUFFIX", "PartFile", "has_content", "prepare_folder", "safe_name", "storage_error"]
+__all__ = [
+    "PART_SUFFIX",
+    "PartFile",
+    "clear_leftovers",
+    "has_content",
+    "prepare_folder",
+    "safe_name",
+    "storage_error",
+]
 
 PART_SUFFIX = ".fastcas-part"
 JOURNAL_SUFFIX = ".fastcas-journal"
@@ -95,6 +111,23 @@ def has_content(path: Path, file_hash: bytes) -> bool | None:
         os.close(fd)
 
 
+def clear_leftovers(out: Path) -> None:
+    """Remove what a download leaves beside its finished file when it is killed between the rename and the end.
+
+    A part file with bytes of its own, and whatever a running download holds, is left alone.
+    """
+    part, journal = out.with_name(out.name + PART_SUFFIX), out.with_name(out.name + JOURNAL_SUFFIX)
+    with suppress(OSError, StoreLocked):
+        if not journal.exists() or (part.exists() and not part.samefile(out)):
+            return
+        lock = Journal(journal, bytes(32))
+        try:
+            part.unlink(missing_ok=True)
+            lock.remove()
+        finally:
+            lock.close()
+
+
 class PartFile:
     """One destination being filled. `fd` is open until `close`."""
 
@@ -139,7 +172,8 @@ class PartFile:
         self.candidates, self.same_boot = self._candidates(listed, status)
         if not self.candidates and status.st_size:
             os.ftruncate(self.fd, 0)
-        self.journal.start(sorted(self.candidates.items()))
+        if not (listed.readable and self.candidates):
+            self.journal.start(sorted(self.candidates.items()))
         if self._manifest.size:
             self._allocate()
         if self._manifest.n_parity:
@@ -175,11 +209,6 @@ class PartFile:
                 raise
             os.ftruncate(self.fd, size)
 
-    def restart(self) -> None:
-        """Throw the contents away: they belong to a manifest that was convicted."""
-        os.ftruncate(self.fd, 0)
-        self.journal.start()
-
     def starts_with(self, prefix: bytes) -> bool:
         """Whether the content begins with `prefix`."""
         return os.pread(self.fd, len(prefix), 0) == prefix
@@ -213,14 +242,18 @@ class PartFile:
                 os.rename(self.path, out)
             else:
                 self._rename()
+        except OSError as exc:
+            raise storage_error(exc, str(out), "the part file is kept") from exc
+        with suppress(OSError):  # harmless beside the finished file, and removed when it is next asked for
+            self.journal.remove()
+        try:
             folder = os.open(out.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-            self.journal.remove()
         except OSError as exc:
-            raise storage_error(exc, str(out), "the part file is kept") from exc
+            raise storage_error(exc, str(out), "the file is there, but a power cut may take it away") from exc
 
     def _rename(self) -> None:
         try:

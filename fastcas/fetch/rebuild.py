@@ -63,6 +63,21 @@ class ParityPlan:
                 out.append(index)
         return out
 
+    def stand_in(self, index: int, have: int, here: int) -> int | None:
+        """Return a parity chunk to fetch in place of a data chunk that is late, None if there is none.
+
+        Args:
+            index: Chunk that is late. have: What the peer has that is to be asked. here: Chunks that we have.
+        """
+        if index >= self.manifest.n_chunks:
+            return None
+        _, parity = self.manifest.stripe(self.manifest.stripe_of(index))
+        for i in parity:
+            if have >> i & 1 and not (here | self._asked) >> i & 1:
+                self._asked |= 1 << i
+                return i
+        return None
+
     def add(self, index: int) -> None:
         """Chunk `index` is here and right; each is said once. Cost: constant."""
         manifest = self.manifest

@@ -78,7 +78,7 @@ class _Line:
 @dataclass(eq=False)
 class Remote:
     """One peer. `did` is what it did last, in words, for the error that names everybody; `n_cut` counts answers that it
-    cut short since its last right chunk."""
+    cut short since its last right chunk; `came_back`: it answered after it could not be reached."""
 
     addr: PeerAddr
     source: Source
@@ -96,6 +96,8 @@ class Remote:
     generation: int | None = None
     have: int = 0
     is_seed: bool = False
+    was_silent: bool = False
+    came_back: bool = False
     lines: list[_Line] = field(default_factory=list)
     control: Connection | None = None
     _n_received_before: int = 0
@@ -152,6 +154,10 @@ class Remote:
         """Wait until every request for a chunk has come back."""
         await self._idle.wait()
 
+    def interrupt(self) -> None:
+        """End what the conversation waits for; it begins anew after a pause."""
+        self._close_control()
+
     def close(self) -> None:
         """Close every connection; outstanding requests come back as cancelled."""
         for line in list(self.lines):
@@ -193,6 +199,7 @@ class Remote:
                 self.did = str(exc)
                 self.answered = True
                 n_failures += 1
+                self.was_silent = True
                 self._close_control()
                 listener.on_silence(self)
                 pause = min(FAILURE_MAX_S, FAILURE_MIN_S * 2 ** (n_failures - 1)) * (0.5 + 0.5 * rng.random())
@@ -224,6 +231,8 @@ class Remote:
         self.answered = True
         self.lacks_file = False
         self.did = "answered"
+        self.came_back = self.came_back or self.was_silent
+        self.was_silent = False
         self.node_id = answer.node_id or self.node_id
         if known is not listener.manifest:  # another peer's manifest came first: ask again about that one
             return 0.0

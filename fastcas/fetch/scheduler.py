@@ -8,25 +8,27 @@ Sets of chunks are Python integers, bit i = chunk i: intersection, difference an
 a microsecond each, so that rarest-first is exact without an index to maintain.
 
 Rules (numbers of the distribution strategy in docs/P2P_ARCHITECTURE.md):
-* a chunk is in flight at one peer only; a second request only when a peer has nothing else to be asked for and the
-  first one is later than three times its expectation;
+* a chunk is in flight at one peer only; one more request only when a peer has nothing else to be asked for and every
+  request before is later than three times its expectation; who delivered last goes first, and a chunk that can stand
+  in for the late one (parity) is asked for instead;
 * requests in flight per peer = max(k, ceil(rate * round trip * 2 / chunk)); k = 1 with eight or more other
   leechers, 2 with some, 4 with none; all peers together stay below the memory cap;
 * rarest first, ties at random; with nobody but seeds, runs of consecutive chunks (kind to disks on both sides);
 * busy: 50 ms of rest; failures: 0.5 s doubled up to 30 s, and a minute after three in a row while others are there;
-* NEXT: while other leechers exist, a seed is asked to choose (rules 4-12) until it has nothing new.
+* NEXT: while other leechers exist, a seed is asked to choose (rules 4-12) until it has nothing new. One that does not
+  answer for two seconds does not count, and the others may be asked by name meanwhile.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fastcas import limits
 
-__all__ = ["Ask", "PeerState", "Scheduler", "bits", "from_bitfield", "lowest_bits"]
+__all__ = ["Ask", "PeerState", "Scheduler", "bits", "from_bitfield", "lowest_bits", "to_set"]
 
 BUSY_S = 0.05
 FAILURE_MIN_S = 0.5
@@ -41,6 +43,7 @@ RATE_WINDOW_S = 0.1
 WINDOW_MAX = 512
 NEXT_AGAIN_S = 0.5
 NEXT_BY_NAME_S = 2.0
+STAND_IN_S = 2.0  # so long a stand-in may take before the late chunk is asked for again after all
 STALE_MIN = 4  # chosen chunks that were here already, before a seed's choices are doubted
 STALE_SHARE = 8  # and more than one in so many
 
@@ -62,6 +65,14 @@ def lowest_bits(number: int, count: int) -> list[int]:
             break
         out.append(bit)
     return out
+
+
+def to_set(chunks: Iterable[int], n: int) -> int:
+    """Return the chunk set of some chunk numbers below `n`. Cost: linear."""
+    field = bytearray(n // 8 + 1)
+    for index in chunks:
+        field[index >> 3] |= 1 << (index & 7)
+    return int.from_bytes(field, "little")
 
 
 _MIRROR = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
@@ -100,6 +111,7 @@ class PeerState:
     n_chosen: int = 0
     n_stale: int = 0
     nothing_new_at: float | None = None
+    next_since: float = 0.0
     window_started: float = 0.0
     window_bytes: int = 0
     delivered_at: float = -math.inf
@@ -119,6 +131,9 @@ class Scheduler:
     ) -> None:
         """Start with nobody to ask.
 
+        `stand_in`, if set, is called with a late chunk and what a peer has; it returns a chunk to ask that peer for
+        instead, one that nobody was asked for, or None.
+
         Args:
             n_chunks: Data and parity chunks.
             chunk_size: Bytes.
@@ -136,6 +151,8 @@ class Scheduler:
         self.max_in_flight = max(4, memory_max // chunk_size)
         self.n_in_flight = 0
         self.n_leechers = 0
+        self.stand_in: Callable[[int, int], int | None] | None = None
+        self._stood_in: dict[int, float] = {}  # late chunk -> until when its stand-in is waited for
         self._rng = rng
         self._holders: dict[int, int] = {}  # chunk -> requests in flight
         self._levels: list[int] = [self.full]  # _levels[c] = chunks that exactly c partial peers have
@@ -206,6 +223,7 @@ class Scheduler:
         """
         peer = self.peers[key]
         peer.n_next = max(0, peer.n_next - 1)
+        peer.next_since = now
         peer.n_chosen += 1
         if not self.free >> index & 1:
             peer.n_stale += 1
@@ -263,7 +281,7 @@ class Scheduler:
         """A seed answered NEXT with 204."""
         peer = self.peers[key]
         peer.n_next = max(0, peer.n_next - 1)
-        peer.nothing_new_at = now
+        peer.next_since = peer.nothing_new_at = now
 
     def no_next(self, key: Hashable) -> None:
         """A seed does not know NEXT: an ordinary peer from now on."""
@@ -303,6 +321,12 @@ class Scheduler:
         peer.rest_until = now + pause * (0.5 + 0.5 * self._rng.random())
         return peer.rest_until
 
+    def came_back(self, key: Hashable) -> None:
+        """A peer that could not be reached answers again: its failures are forgotten."""
+        peer = self.peers[key]
+        peer.n_failures = 0
+        peer.rest_until = 0.0
+
     # --- decisions ---
 
     def decide(self, now: float) -> list[Ask]:  # hot
@@ -310,6 +334,7 @@ class Scheduler:
         asks: list[Ask] = []
         ready = [peer for peer in self.peers.values() if peer.have and peer.banned is None and peer.rest_until <= now]
         if not ready:
+            self._cut_rests(now)
             return asks
         self._ask_next(ready, now, asks)
         floor = self._floor()
@@ -329,9 +354,13 @@ class Scheduler:
             room[id(peer)] -= 1
             if room[id(peer)] <= 0:
                 open_peers.pop(at)
+        idle = [peer for peer in idle if not peer.in_flight]
+        late = self._late_chunks(now) if idle else {}
+        if late:
+            idle.sort(key=lambda peer: peer.delivered_at, reverse=True)  # who never delivered may never do
         for peer in idle:
-            if not peer.in_flight and self.n_in_flight < self.max_in_flight:
-                index = self._late_chunk(peer, now)
+            if late and self.n_in_flight < self.max_in_flight:
+                index = self._instead_of_late(peer, late, now)
                 if index is not None:
                     self._take(peer, index, now)
                     asks.append(Ask(peer.key, index))
@@ -417,7 +446,8 @@ class Scheduler:
         """What may be asked of a NEXT seed by name: nothing before its first 204; then what leechers have too, and
         what nobody has offered for two seconds."""
         if peer.nothing_new_at is None:
-            return 0
+            is_stuck = not peer.n_next and any(self._is_silent(other, now) for other in self.peers.values())
+            return candidates if is_stuck else 0
         if now - peer.nothing_new_at >= NEXT_BY_NAME_S:
             return candidates
         return candidates & ~self._levels[0]
@@ -432,37 +462,66 @@ class Scheduler:
             return
         least = math.ceil(4 / (self.n_leechers + 1)) + 1
         most = {id(peer): self._window(peer, 2) for peer in seeds}
-        want = max(least, *most.values()) - sum(peer.n_next for peer in seeds)
+        want = max(least, *most.values()) - sum(peer.n_next for peer in seeds if not self._is_silent(peer, now))
         while want > 0:
             able = [
                 peer
                 for peer in seeds
                 if peer.n_next < most[id(peer)]
+                and not self._is_silent(peer, now)
                 and (peer.nothing_new_at is None or (peer.n_next == 0 and now - peer.nothing_new_at >= NEXT_AGAIN_S))
             ]
             if not able:
                 return
             peer = self._rng.choice(able)
+            if not peer.n_next:
+                peer.next_since = now
             peer.n_next += 1
             asks.append(Ask(peer.key, None))
             want -= 1
 
-    def _late_chunk(self, peer: PeerState, now: float) -> int | None:
-        """A chunk in flight elsewhere that is later than three times its expectation, the latest first."""
-        best: tuple[float, int] | None = None
-        for other in self.peers.values():
-            if other is peer or not other.in_flight:
+    def _is_silent(self, peer: PeerState, now: float) -> bool:
+        """Whether a seed that was asked to choose has not done so for long."""
+        return peer.n_next > 0 and now - peer.next_since >= NEXT_BY_NAME_S
+
+    def _late_chunks(self, now: float) -> dict[int, float]:
+        """Chunks whose every request is later than three times its expectation: by how much the latest one is."""
+        late: dict[int, float] = {}
+        in_time: set[int] = set()
+        typical = self._typical_rate()
+        for peer in self.peers.values():
+            if not peer.in_flight:
                 continue
-            rate = other.rate_Bps or self._typical_rate()
-            expected = other.rtt_s + len(other.in_flight) * self.chunk_size / rate if rate else HEDGE_MIN_S
+            rate = peer.rate_Bps or typical
+            expected = peer.rtt_s + len(peer.in_flight) * self.chunk_size / rate if rate else HEDGE_MIN_S
             limit = max(HEDGE_MIN_S, HEDGE_FACTOR * expected)
-            for index, since in other.in_flight.items():
-                late = now - since - limit
-                if late < 0 or self._holders[index] > 1 or not (peer.have & self.wanted) >> index & 1:
-                    continue
-                if best is None or late > best[0]:
-                    best = (late, index)
-        return best[1] if best else None
+            for index, since in peer.in_flight.items():
+                by = now - since - limit
+                if by < 0 or not self.wanted >> index & 1 or self._stood_in.get(index, now) > now:
+                    in_time.add(index)
+                else:
+                    late[index] = max(by, late.get(index, 0.0))
+        for index in in_time:
+            late.pop(index, None)
+        return late
+
+    def _instead_of_late(self, peer: PeerState, late: dict[int, float], now: float) -> int | None:
+        """The latest chunk that a peer has, or what stands in for one; it is taken out of `late`."""
+        for index in sorted(late, key=late.__getitem__, reverse=True):
+            if self.stand_in is not None and (other := self.stand_in(index, peer.have)) is not None:
+                self._stood_in[index] = now + STAND_IN_S
+                del late[index]
+                return other
+            if peer.have >> index & 1:
+                del late[index]
+                return index
+        return None
+
+    def _cut_rests(self, now: float) -> None:
+        """Nobody can be asked: who rests because others were there rests no longer than if there had been none."""
+        for peer in self.peers.values():
+            if peer.banned is None and peer.have and peer.rest_until > now + ALONE_MAX_S:
+                peer.rest_until = now + ALONE_MAX_S * (0.5 + 0.5 * self._rng.random())
 
     def _typical_rate(self) -> float:
         rates = sorted(peer.rate_Bps for peer in self.peers.values() if peer.rate_Bps)

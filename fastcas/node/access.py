@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastcas.config import read_network_key
 from fastcas.errors import FastCASError, NetworkError, NodeUnavailable, NoPeers, StoreLocked, StoreNotFound
 from fastcas.ids import Link, PeerAddr, parse_peer, parse_ref, short
-from fastcas.limits import FETCH_TIMEOUT_S
+from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
 from fastcas.node.control_client import ControlClient
 from fastcas.node.folder import SOCKET_NAME
 from fastcas.node.operations import LOCAL_OPERATIONS, Operations
@@ -225,6 +225,7 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     link = parse_ref(str(args["ref"]))
     peers = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
     timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
+    stall_s = float(args.get("stall_timeout_s", STALL_TIMEOUT_S))
     raw, force = bool(args.get("raw")), bool(args.get("force"))
     relay = ProgressRelay(on_progress)
     out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
@@ -237,8 +238,8 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     hooks = _Finished()
     async with _dht_client(args, link, is_needed=not peers and not link.peers) as dht:
         result = await download(
-            link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s, hooks=hooks,
-            progress=relay, raw=raw, force=force,
+            link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s,
+            stall_timeout_s=stall_s, hooks=hooks, progress=relay, raw=raw, force=force,
         )  # fmt: skip
     if store is not None:
         for path, manifest, is_proven in hooks.files:

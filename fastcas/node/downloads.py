@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastcas.errors import FastCASError, Interrupted
 from fastcas.ids import Link, PeerAddr, short
+from fastcas.limits import STALL_TIMEOUT_S
 from fastcas.metadata import Manifest
 from fastcas.node.announcer import WHOLE, Announcement, Announcer
 from fastcas.node.local_chunks import TableChunks
@@ -161,6 +162,7 @@ class Downloads:
         folder: Path,
         peers: list[PeerAddr],
         timeout_s: float,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
         raw: bool = False,
         force: bool = False,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
@@ -172,7 +174,7 @@ class Downloads:
             out: File or folder to create; None: what it is called, in `folder`.
             folder: See `out`.
             peers: To ask beside those that were named for all files.
-            timeout_s: For the first peer and the manifest.
+            timeout_s: For the first peer and the manifest. stall_timeout_s: Without a byte from anybody.
             raw: A collection is an ordinary file.
             force: Replace a destination with other content.
             on_progress: Gets plain maps.
@@ -200,8 +202,8 @@ class Downloads:
         try:
             result = await download(
                 link, out, discovery=self._discovery(), peers=[*peers, *self._named_peers], local=local,
-                node_id=self._node_id, data_port=self._data_port(), timeout_s=timeout_s, hooks=seeding,
-                progress=progress, raw=raw, force=force, folder=folder,
+                node_id=self._node_id, data_port=self._data_port(), timeout_s=timeout_s,
+                stall_timeout_s=stall_timeout_s, hooks=seeding, progress=progress, raw=raw, force=force, folder=folder,
                 callers=self._callers,
             )  # fmt: skip
             registering = [

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastcas.errors import FastCASError, Interrupted, NodeUnavailable, UsageError
 from fastcas.ids import Link, parse_hash, parse_peer, parse_ref
-from fastcas.limits import FETCH_TIMEOUT_S
+from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
 from fastcas.metadata import FileMetadata, Manifest
 from fastcas.node.announcer import Announcement
 from fastcas.node.control import Request
@@ -203,7 +203,8 @@ class RequestHandler:
             return here
         try:
             return await self._agent.downloads.get(
-                link, out, folder=folder, peers=peers, timeout_s=timeout_s, raw=bool(args.get("raw")),
+                link, out, folder=folder, peers=peers, timeout_s=timeout_s,
+                stall_timeout_s=float(args.get("stall_timeout_s", STALL_TIMEOUT_S)), raw=bool(args.get("raw")),
                 force=bool(args.get("force")), on_progress=request.progress,
             )  # fmt: skip
         finally:

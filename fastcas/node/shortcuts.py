@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fastcas.config import default_storage, storage_root
 from fastcas.errors import NotFound, PermissionDenied, UsageError
 from fastcas.ids import PeerAddr, parse_chunk_size, parse_parity, parse_peer, parse_ref
-from fastcas.limits import FETCH_TIMEOUT_S
+from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
 from fastcas.node.access import open_access
 from fastcas.store import StoredFile
 from fastcas.store.paths import shown
@@ -85,6 +85,7 @@ def get(
     bootstrap: Sequence[Peer] = (),
     storage_dir: str | os.PathLike[str] | None = None,
     timeout: float = FETCH_TIMEOUT_S,
+    stall_timeout: float = STALL_TIMEOUT_S,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -97,6 +98,7 @@ def get(
         bootstrap: DHT nodes to ask through.
         storage_dir: As for `store`; a node that runs there fetches the file and serves it from then on.
         timeout: Seconds for the first peer and the manifest.
+        stall_timeout: Seconds with next to nothing from anybody, after which the download ends.
         force: Replace a destination with other content.
         progress: Called with {"done", "total", "rate_Bps", "peers", "waiting_on"}.
     Raises:
@@ -108,7 +110,8 @@ def get(
     args = {
         "ref": str(parse_ref(ref)), "out": os.fsencode(os.path.abspath(out)) if out is not None else None,
         "folder": os.fsencode(os.getcwd()), "peers": [_peer_text(p) for p in peers],
-        "bootstrap": [_peer_text(p) for p in bootstrap], "timeout_s": timeout, "force": force,
+        "bootstrap": [_peer_text(p) for p in bootstrap], "timeout_s": timeout,
+        "stall_timeout_s": stall_timeout, "force": force,
     }  # fmt: skip
 
     def work() -> Path:

@@ -1,7 +1,7 @@
 """A scripted peer: a data port in plain asyncio that serves one file well, or misbehaves on request.
 
-`Peer(content)` answers like a node. `behaviour` names what it does to chunk requests instead; each is a method
-`_evil_<name>` below. It counts what was asked of it.
+`Peer(content)` answers like a node. `behaviour` names what it does instead: to chunk requests a method `_evil_<name>`
+below, elsewhere one of `evil_ways.WAYS`. It counts what was asked of it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import random
-import socket
-import struct
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +19,9 @@ import msgpack
 from fastcas.hashing import ChunkHasher
 from fastcas.ids import Link, PeerAddr
 from fastcas.metadata import Manifest
+from tests.support.evil_ways import WAYS, HangUp, head, reset
 
-__all__ = ["BEHAVIOURS", "Peer", "content_of", "make_manifest"]
+__all__ = ["BEHAVIOURS", "WAYS", "Peer", "content_of", "make_manifest"]
 
 
 def content_of(size: int, seed: int = 1) -> bytes:
@@ -53,14 +52,6 @@ def parity_chunks(content: bytes, chunk_size: int, k: int, m: int) -> list[bytes
         shards = [chunk.ljust(length, b"\0") for chunk in stripe] + [bytes(length)] * (k - len(stripe))
         out += [bytes(shard) for shard in ReedSolomon(k, m).encode(shards)]
     return out
-
-
-def head(status: str, length: int | None, *fields: str) -> bytes:
-    """Return a response head."""
-    lines = [f"HTTP/1.1 {status}"]
-    if length is not None:
-        lines.append(f"Content-Length: {length}")
-    return ("\r\n".join([*lines, *fields]) + "\r\n\r\n").encode()
 
 
 class Peer:
@@ -95,6 +86,8 @@ class Peer:
         self.n_chunks_served = 0
         self.n_connections = 0
         self.n_chunk_requests = 0
+        self.n_lies = 0
+        self.held: bytes | None = None
         self.gate = asyncio.Event()
         self.gate.set()
         self.trickle_s = 1.0
@@ -148,11 +141,12 @@ class Peer:
         self._tasks.add(task)
         self.n_connections += 1
         try:
+            await self._misbehaves("accept", None, writer)
             while True:
                 request = await reader.readuntil(b"\r\n\r\n")
                 await self._answer(request.split(b" ")[1].decode(), writer)
                 await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError, _HangUp):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError, HangUp):
             pass
         finally:
             self._tasks.discard(task)
@@ -165,6 +159,9 @@ class Peer:
         kind, name = path.split("/")[1:3] if path.count("/") > 1 else (path[1:], "")
         self.asked[kind if not path.endswith("/next") else "next"] += 1
         options = dict(pair.split("=", 1) for pair in query.split("&") if pair)
+        way = "next" if path.endswith("/next") else kind
+        if way != "chunks" and await self._misbehaves(way, options, writer):
+            return
         if kind == "chunks":
             await self._chunk(name, writer)
         elif kind == "manifests" and name == self.manifest.manifest_hash.hex():
@@ -178,7 +175,15 @@ class Peer:
         else:
             writer.write(head("404 Not Found", 0))
 
-    def _swarm(self, options: dict[str, str]) -> bytes:
+    async def _misbehaves(self, kind: str, detail: Any, writer: asyncio.StreamWriter) -> bool:
+        found = WAYS.get(self.behaviour)
+        if found is None or found[0] != kind:
+            return False
+        await found[1](self, detail, writer)
+        return True
+
+    def swarm_map(self, options: dict[str, str]) -> dict[str, Any]:
+        """Return what a good peer says in `/swarm`."""
         n = self.manifest.n_total
         out: dict[str, Any] = {
             "v": 1,
@@ -197,13 +202,14 @@ class Peer:
                 for i in self.have:
                     field[i // 8] |= 0x80 >> i % 8
                 out["have"] = bytes(field)
-        body: bytes = msgpack.packb(out)
+        return out
+
+    def _swarm(self, options: dict[str, str]) -> bytes:
+        body: bytes = msgpack.packb(self.swarm_map(options))
         return head("200 OK", len(body)) + body
 
     async def _manifest(self, writer: asyncio.StreamWriter) -> None:
         data = self.manifest.data
-        if self.behaviour == "manifest_wrong_bytes":
-            data = data[:-1] + bytes([data[-1] ^ 1])
         writer.write(head("200 OK", len(data)) + data)
 
     def bytes_of(self, index: int) -> bytes:
@@ -222,6 +228,8 @@ class Peer:
         data = self.bytes_of(index)
         self.n_chunk_requests += 1
         if self.behaviour != "good" and self.evil_when(self.n_chunk_requests):
+            if await self._misbehaves("chunks", data, writer):
+                return
             evil = getattr(self, f"_evil_{self.behaviour}", None)
             if evil is not None:
                 await evil(index, data, writer)
@@ -273,7 +281,7 @@ class Peer:
     async def _evil_no_length(self, index: int, data: bytes, w: asyncio.StreamWriter) -> None:
         w.write(head("200 OK", None) + data)
         await w.drain()
-        raise _HangUp
+        raise HangUp
 
     async def _evil_extra_bytes(self, index: int, data: bytes, w: asyncio.StreamWriter) -> None:
         w.write(head("200 OK", len(data)) + data + b"unasked")
@@ -353,20 +361,18 @@ class Peer:
     async def _evil_close_early(self, index: int, data: bytes, w: asyncio.StreamWriter) -> None:
         w.write(head("200 OK", len(data)) + data[: len(data) // 2])
         await w.drain()
-        raise _HangUp
+        raise HangUp
 
     async def _evil_close_in_head(self, index: int, data: bytes, w: asyncio.StreamWriter) -> None:
         w.write(head("200 OK", len(data))[:20])
         await w.drain()
-        raise _HangUp
+        raise HangUp
 
     async def _evil_close_at_once(self, index: int, data: bytes, w: asyncio.StreamWriter) -> None:
-        raise _HangUp
+        raise HangUp
 
     async def _evil_reset(self, index: int, data: bytes, w: asyncio.StreamWriter) -> None:
-        sock: socket.socket = w.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        raise _HangUp
+        reset(w)
 
     async def _evil_stall(self, index: int, data: bytes, w: asyncio.StreamWriter) -> None:
         w.write(head("200 OK", len(data)) + data[:100])
@@ -388,11 +394,7 @@ class Peer:
         self.n_chunks_served += 1
         w.write(head("200 OK", len(data), "Connection: close") + data)
         await w.drain()
-        raise _HangUp
-
-
-class _HangUp(Exception):
-    """Ends a connection from inside a behaviour."""
+        raise HangUp
 
 
 BEHAVIOURS = sorted(name.removeprefix("_evil_") for name in dir(Peer) if name.startswith("_evil_"))

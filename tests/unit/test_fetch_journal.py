@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from fastcas.errors import DestinationExists, StoreLocked, UsageError
 from fastcas.fetch.journal import HEADER, RECORD, Journal
-from fastcas.fetch.partfile import PartFile, has_content, prepare_folder, safe_name
+from fastcas.fetch.partfile import PartFile, clear_leftovers, has_content, prepare_folder, safe_name
 from tests.support.evil_peer import content_of, make_manifest
 
 MANIFEST = bytes(range(32))
@@ -26,6 +27,14 @@ def path(tmp_path: Path) -> Path:
     journal.add([(3, False), (7, True)])
     journal.close()
     return where
+
+
+def append(where: Path, index: int) -> None:
+    """List one more chunk, as a resumed download does."""
+    journal = Journal(where, MANIFEST)
+    journal.read(10)
+    journal.add([(index, True)])
+    journal.close()
 
 
 def listed(where: Path, manifest_hash: bytes = MANIFEST, n: int = 10) -> dict[int, bool]:
@@ -63,11 +72,44 @@ def test_any_flipped_bit_loses_at_most_its_record(path: Path) -> None:
 def test_torn_record_does_not_shift_the_next(path: Path) -> None:
     with path.open("ab") as file:
         file.write(b"\xff" * 16)
+    append(path, 9)
+    assert listed(path) == LISTED | {9: True}
+
+
+@pytest.mark.parametrize("n", range(1, RECORD.size))
+def test_record_cut_short_is_overwritten_by_the_next(path: Path, n: int) -> None:
+    with path.open("ab") as file:
+        file.write(path.read_bytes()[-RECORD.size :][:n])
+    append(path, 9)
+    assert listed(path) == LISTED | {9: True}
+
+
+def test_failed_append_does_not_shift_the_next(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(path, MANIFEST)
-    os.lseek(journal._fd, 0, os.SEEK_END)
+    journal.read(10)
+    pwrite = os.pwrite
+
+    def torn(fd: int, data: bytes, at: int) -> int:
+        if len(data) != RECORD.size:
+            raise OSError(errno.ENOSPC, "no room")
+        return pwrite(fd, data[:5], at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", torn)
+        with pytest.raises(OSError, match="no room"):
+            journal.add([(8, True)])
     journal.add([(9, True)])
     journal.close()
     assert listed(path) == LISTED | {9: True}
+
+
+def test_endless_journal_counts_as_damaged(path: Path) -> None:
+    with path.open("ab") as file:
+        file.truncate(1 << 30)
+    journal = Journal(path, MANIFEST)
+    found = journal.read(10)
+    journal.close()
+    assert (found.chunks, found.readable, found.is_ours) == ({}, False, True)
 
 
 def test_journal_of_another_manifest_lists_nothing(path: Path) -> None:
@@ -171,3 +213,53 @@ def test_prepare_folder_says_what_is_in_the_way(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "sub"):
         with pytest.raises(UsageError, match=re.escape(str(folder))):
             prepare_folder(folder)
+
+
+def test_part_file_with_any_damage_in_its_journal_keeps_what_is_there(tmp_path: Path) -> None:
+    content = content_of(4 * 16384)
+    manifest = make_manifest(content)
+    out = tmp_path / "x"
+    part = PartFile(out, manifest)
+    for index in (1, 2):
+        os.pwrite(part.fd, content[index * 16384 : (index + 1) * 16384], index * 16384)
+    part.journal.add([(1, True), (2, True)])
+    part.close()
+    journal = tmp_path / "x.fastcas-journal"
+    whole = journal.read_bytes()
+    in_header = [(at, whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]) for at in range(HEADER.size)]
+    cut = [(at, whole[:at]) for at in range(HEADER.size)]
+    for at, damaged in (*in_header, *cut):
+        journal.write_bytes(damaged)
+        again = PartFile(out, manifest)
+        assert {1, 2} <= again.candidates.keys(), at
+        again.close()
+        once_more = PartFile(out, manifest)
+        assert {1, 2} <= once_more.candidates.keys(), at
+        once_more.close()
+    for at in range(HEADER.size, len(whole)):
+        for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]):
+            journal.write_bytes(damaged)
+            again = PartFile(out, manifest)
+            assert again.candidates.keys() <= {1, 2}
+            again.close()
+
+
+def test_leftovers_beside_a_finished_file_are_removed_and_others_are_not(tmp_path: Path) -> None:
+    out, part, journal = tmp_path / "x", tmp_path / "x.fastcas-part", tmp_path / "x.fastcas-journal"
+    out.write_bytes(b"done")
+    journal.touch()
+    clear_leftovers(out)
+    assert not journal.exists()
+    journal.touch()
+    part.hardlink_to(out)
+    clear_leftovers(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    journal.touch()
+    part.write_bytes(b"half of something else")
+    clear_leftovers(out)
+    assert part.exists()
+    part.unlink()
+    running = Journal(journal, MANIFEST)
+    clear_leftovers(out)
+    assert journal.exists()
+    running.close()

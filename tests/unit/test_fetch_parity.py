@@ -224,3 +224,22 @@ def test_plan_names_a_stripe_once_and_only_when_it_lacks_data() -> None:
         plan.add(index)
     plan.add(7)  # came from a peer meanwhile
     assert plan.next_ready() is None
+
+
+def test_parity_stands_in_for_a_chunk_that_its_only_holder_does_not_give(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    content = content_of(24 * 16384 + 5)
+
+    async def work() -> None:
+        everything = set(range(make_manifest(content, k=4, m=2).n_total))
+        async with (
+            Peer(content, k=4, m=2, have={0}, behaviour="silent") as holder,
+            Peer(content, k=4, m=2, have=everything - {0}) as other,
+        ):
+            link = other.link(peers=(holder.addr, other.addr))
+            result = await download(link, out, discovery=None, stall_timeout_s=8.0)
+            assert result.local_bytes == 16384
+            assert set(result.bytes_by_peer) == {other.addr}
+
+    asyncio.run(work())
+    assert out.read_bytes() == content

@@ -373,3 +373,91 @@ def test_swarm_is_near_the_bound(n_leechers: int) -> None:
     ratio, seed_copies = simulate(n_leechers, 128, seed=3)
     assert ratio < 1.2
     assert seed_copies <= 2
+
+
+def late_scheduler(n_peers: int) -> tuple[Scheduler, float]:
+    """Return a scheduler whose first peer holds the only chunk's request, and a time at which that is late."""
+    scheduler = Scheduler(1, CHUNK, wanted=1, rng=random.Random(1))
+    for at in range(n_peers):
+        scheduler.add_peer(at)
+        scheduler.set_have(at, 1, is_seed=False)
+    assert len(scheduler.decide(0.0)) == 1
+    return scheduler, 2.0
+
+
+def test_one_more_request_for_a_late_chunk_each_time_all_before_are_late() -> None:
+    scheduler, now = late_scheduler(4)
+    asked = []
+    for _ in range(6):
+        asked += [ask.peer for ask in scheduler.decide(now)]
+        assert scheduler.decide(now) == []
+        now += 2.0
+    assert len(set(asked)) == len(asked) == 3
+
+
+def test_late_chunk_is_asked_of_who_has_delivered() -> None:
+    for seed in range(20):
+        scheduler = Scheduler(2, CHUNK, wanted=3, rng=random.Random(seed))
+        scheduler.add_peer("holds")
+        scheduler.set_have("holds", 2, is_seed=False)
+        scheduler.decide(0.0)
+        scheduler.add_peer("delivers")
+        scheduler.set_have("delivers", 1, is_seed=False)
+        scheduler.decide(0.0)
+        scheduler.completed("delivers", 0, 1.0, CHUNK, 0.001)
+        for key in ("unknown", "delivers", "unknown too"):
+            scheduler.add_peer(key)
+            scheduler.set_have(key, 3, is_seed=False)
+        assert scheduler.decide(10.0)[0] == Ask("delivers", 1)
+
+
+def test_stand_in_is_asked_for_instead_of_a_late_chunk_and_the_chunk_itself_when_that_is_late_too() -> None:
+    scheduler = Scheduler(2, CHUNK, wanted=1, rng=random.Random(1))
+    offered = [1]
+    scheduler.stand_in = lambda index, have: offered.pop() if index == 0 and offered else None
+    for key in "abc":
+        scheduler.add_peer(key)
+        scheduler.set_have(key, 3, is_seed=False)
+    (first,) = scheduler.decide(0.0)
+    (instead,) = scheduler.decide(2.0)
+    assert (first.index, instead.index) == (0, 1)
+    assert scheduler.decide(3.0) == []
+    assert [ask.index for ask in scheduler.decide(4.1)] == [0]
+
+
+def test_seed_that_never_chooses_does_not_keep_the_others_from_being_asked() -> None:
+    scheduler = Scheduler(50, CHUNK, wanted=(1 << 50) - 1, rng=random.Random(1))
+    scheduler.add_peer("leecher")
+    scheduler.set_have("leecher", 1, is_seed=False)
+    for key in range(10):
+        scheduler.add_peer(key)
+        scheduler.set_have(key, (1 << 50) - 1, is_seed=True)
+    n_asked = len([ask for ask in scheduler.decide(0.0) if ask.index is None])
+    assert n_asked
+    asks = scheduler.decide(2.5)
+    assert {ask.peer for ask in asks if ask.index is not None} - {"leecher"}
+
+
+def test_who_rests_long_rests_less_when_nobody_else_is_left() -> None:
+    scheduler = Scheduler(9, CHUNK, wanted=511, rng=random.Random(1))
+    for key in "ab":
+        scheduler.add_peer(key)
+        scheduler.set_have(key, 511, is_seed=False)
+    now = 0.0
+    for _ in range(3):
+        now = max(now + 1.0, scheduler.rest("a", now) + 0.01)
+    until = scheduler.rest("a", now)
+    assert until > now + 20
+    scheduler.ban("b", "lies")
+    assert scheduler.decide(now) == []
+    assert scheduler.decide(now + 2.1)
+
+
+def test_who_came_back_is_asked_at_once() -> None:
+    scheduler = Scheduler(9, CHUNK, wanted=511, rng=random.Random(1))
+    scheduler.add_peer("a")
+    scheduler.set_have("a", 511, is_seed=False)
+    scheduler.rest("a", 0.0)
+    assert scheduler.decide(0.1) == []
+    scheduler.came_back("a")
+    assert scheduler.decide(0.1)
