@@ -219,6 +219,8 @@ async def _peers(args: dict[str, Any]) -> dict[str, Any]:
 
 async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgress | None) -> dict[str, Any]:
     from fastcas.fetch.download import download
+    from fastcas.fetch.origin import parse_origin
+    from fastcas.fetch.pacing import Pace
     from fastcas.node.downloads import ProgressRelay, result_to_map
     from fastcas.node.export import export
 
@@ -233,12 +235,16 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
         here = export(store, link, out, folder, raw=raw, force=force, progress=relay.bytes)
         if here is not None:
             return here
-    _check_reachable(link, peers, args)
+    origins = [parse_origin(str(url)) for url in args.get("origins", [])]
+    known = list(store.manifests_of(link.file_hash)) if origins and store is not None else []
+    if not known:
+        _check_reachable(link, peers, args)
+    rate = args.get("max_download_Bps")
     hooks = _Finished()
     async with _dht_client(args, link, is_needed=not peers and not link.peers) as dht:
         result = await download(
             link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s, hooks=hooks,
-            progress=relay, raw=raw, force=force,
+            progress=relay, raw=raw, force=force, origins=origins, pace=Pace(rate) if rate else None, known=known,
         )  # fmt: skip
     if store is not None:
         for path, manifest, is_proven in hooks.files:
@@ -254,6 +260,7 @@ def _check_reachable(link: Link, peers: list[PeerAddr], args: dict[str, Any]) ->
         raise NoPeers(
             f"no peer has {link.file_hash.hex()}: none is known; name one with --peer, a DHT node with --bootstrap, "
             "or run a node on this storage folder"
+            + ("; an origin gives bytes only, and no manifest is known to prove them by" if args.get("origins") else "")
         )
 
 

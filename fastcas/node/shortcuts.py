@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from fastcas.config import default_storage, storage_root
 from fastcas.errors import NotFound, PermissionDenied, UsageError
-from fastcas.ids import PeerAddr, parse_chunk_size, parse_parity, parse_peer, parse_ref
+from fastcas.fetch.origin import parse_origin
+from fastcas.ids import PeerAddr, parse_chunk_size, parse_parity, parse_peer, parse_rate, parse_ref
 from fastcas.limits import FETCH_TIMEOUT_S
 from fastcas.node.access import open_access
 from fastcas.store import StoredFile
@@ -86,6 +87,8 @@ def get(
     storage_dir: str | os.PathLike[str] | None = None,
     timeout: float = FETCH_TIMEOUT_S,
     force: bool = False,
+    origins: Sequence[str] = (),
+    max_download: int | str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Fetch a file or collection by hash or link and return where it is.
@@ -98,6 +101,8 @@ def get(
         storage_dir: As for `store`; a node that runs there fetches the file and serves it from then on.
         timeout: Seconds for the first peer and the manifest.
         force: Replace a destination with other content.
+        origins: URLs of HTTP servers that have the file, for chunks that no peer has.
+        max_download: Limit of the rate, bytes per second or text such as "10M".
         progress: Called with {"done", "total", "rate_Bps", "peers", "waiting_on"}.
     Raises:
         UsageError: An argument.
@@ -109,6 +114,8 @@ def get(
         "ref": str(parse_ref(ref)), "out": os.fsencode(os.path.abspath(out)) if out is not None else None,
         "folder": os.fsencode(os.getcwd()), "peers": [_peer_text(p) for p in peers],
         "bootstrap": [_peer_text(p) for p in bootstrap], "timeout_s": timeout, "force": force,
+        "origins": [parse_origin(url, "origins") for url in origins],
+        "max_download_Bps": rate_of(max_download),
     }  # fmt: skip
 
     def work() -> Path:
@@ -119,6 +126,15 @@ def get(
             access.close()
 
     return _beside_a_loop(work)
+
+
+def rate_of(rate: int | str | None) -> int | None:
+    """Return a limit in bytes per second, given as a number or as text.
+
+    Raises:
+        UsageError: Neither.
+    """
+    return None if rate is None else parse_rate(str(rate), "max_download")
 
 
 def _peer_text(peer: Peer) -> str:
