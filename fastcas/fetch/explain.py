@@ -88,9 +88,7 @@ class Meter:
         if self._times_before is None:
             self._times_before = times
         else:
-            self._busy = [
-                (a - d, b - e, c - f) for (a, b, c), (d, e, f) in zip(times, self._times_before, strict=True)
-            ]
+            self._busy = [(a - d, b - e, c - f) for (a, b, c), (d, e, f) in zip(times, self._times_before, strict=True)]
             self._times_before = None
 
     def end(self, now: float) -> Explained:

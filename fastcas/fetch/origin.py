@@ -179,9 +179,7 @@ class OriginLine:
         self._where: tuple[str, str] | None = None
         self._ip = ""
 
-    async def read(
-        self, origin: Origin, start: int, end: int, size: int, take: Callable[[bytes], None]
-    ) -> None:
+    async def read(self, origin: Origin, start: int, end: int, size: int, take: Callable[[bytes], None]) -> None:
         """Get bytes start..end-1 of a file of `size` bytes; `take` is given them in order, exactly as many.
 
         Raises:
@@ -365,5 +363,3 @@ def _check(head: _Head, start: int, end: int, size: int) -> None:
         raise RemoteProtocolError(f"Content-Range: expected {asked}, got {escape_for_terminal(got[:60])}")
     if int(length) != end - start:
         raise RemoteProtocolError(f"Content-Length: expected {end - start} B, got {length} B")
-
-

@@ -134,8 +134,8 @@ class Origins:
                 run = self._take_run(time.monotonic())
                 if not run:
                     break
-                self._turn += 1
                 origin = usable[self._turn % len(usable)]
+                self._turn += 1
                 left = list(run)
                 try:
                     await self._fetch(line, origin, buffer, left)
