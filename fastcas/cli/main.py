@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastcas import __version__
+from fastcas.cli.cat_command import cat_command
 from fastcas.cli.options import (
     check_fetch,
     check_network,
@@ -410,6 +411,9 @@ def index_command(storage_dir: str, as_json: bool) -> None:
     """Print a cas_index.json of what is stored."""
     with open_storage(storage_dir) as access:
         print_json(access.call("index", {})["index"])
+
+
+command.add_command(cat_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -59,13 +59,11 @@ class Filling:
         receiver: AsyncReceiver,
         settings: Settings,
         meter: Meter,
-        goal: int | None = None,
     ) -> None:
         """Ask for nothing before `run`.
 
         Args:
             meter: Is told what is waited for.
-            goal: Chunk set at which `run` returns; None: all data chunks.
         """
         self.manifest = manifest
         self.chain = chain
@@ -77,7 +75,7 @@ class Filling:
         self._tasks = TaskSet(f"file {short(manifest.file_hash)}", self.fail)
         self._part = part
         self._job = Job(manifest, part.fd, part.parity_fd)
-        self._data = (1 << manifest.n_chunks) - 1 if goal is None else goal
+        self._data = (1 << manifest.n_chunks) - 1
         candidates = sum(1 << index for index in part.candidates)
         self._scheduler = Scheduler(
             manifest.n_total, manifest.chunk_size, wanted=self._data & ~candidates, rng=random.Random()

@@ -18,7 +18,7 @@ from fastcas.node.access import open_access
 from fastcas.store import StoredFile
 from fastcas.store.paths import shown
 
-__all__ = ["get", "store"]
+__all__ = ["Peer", "get", "peer_text", "rate_of", "store"]
 
 T = TypeVar("T")
 Peer = str | tuple[str, int] | PeerAddr
@@ -112,8 +112,8 @@ def get(
     """
     args = {
         "ref": str(parse_ref(ref)), "out": os.fsencode(os.path.abspath(out)) if out is not None else None,
-        "folder": os.fsencode(os.getcwd()), "peers": [_peer_text(p) for p in peers],
-        "bootstrap": [_peer_text(p) for p in bootstrap], "timeout_s": timeout, "force": force,
+        "folder": os.fsencode(os.getcwd()), "peers": [peer_text(p) for p in peers],
+        "bootstrap": [peer_text(p) for p in bootstrap], "timeout_s": timeout, "force": force,
         "origins": [parse_origin(url, "origins") for url in origins],
         "max_download_Bps": rate_of(max_download),
     }  # fmt: skip
@@ -137,7 +137,8 @@ def rate_of(rate: int | str | None) -> int | None:
     return None if rate is None else parse_rate(str(rate), "max_download")
 
 
-def _peer_text(peer: Peer) -> str:
+def peer_text(peer: Peer) -> str:
+    """Return a peer as "host:port", checked."""
     text = peer if isinstance(peer, str) else str(peer if isinstance(peer, PeerAddr) else PeerAddr(*peer))
     return str(parse_peer(text, "peer"))
 
