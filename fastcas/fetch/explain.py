@@ -33,7 +33,7 @@ class Explained:
 
     Attributes:
         seconds: By cause (`CAUSES`).
-        n_unheld: The most chunks that nobody had, of those that were waited for.
+        n_unheld: Chunks that nobody had, in the longest of the times in which they were waited for.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -73,15 +73,18 @@ class Meter:
         self._cause = "finding"
         self._since = now
         self._seconds: dict[str, float] = {}
-        self._n_unheld = 0
+        self._n_unheld = self._n_now = 0
+        self._longest = 0.0
         self._times_before: Times | None = None
         self._busy: Times = ()
 
     def switch(self, cause: str, now: float, n_unheld: int = 0) -> None:
         """From now on the time is `cause`'s."""
-        self._seconds[self._cause] = self._seconds.get(self._cause, 0.0) + max(0.0, now - self._since)
-        self._cause, self._since = cause, now
-        self._n_unheld = max(self._n_unheld, n_unheld)
+        spent = max(0.0, now - self._since)
+        self._seconds[self._cause] = self._seconds.get(self._cause, 0.0) + spent
+        if self._cause == "unheld" and spent > self._longest:
+            self._longest, self._n_unheld = spent, self._n_now
+        self._cause, self._since, self._n_now = cause, now, n_unheld
 
     def threads(self, times: Times) -> None:
         """What the receiver's threads say of themselves: when chunks begin to be asked for, and when all are here."""

@@ -177,12 +177,10 @@ class _NetworkSource:
         self._thread = threading.Thread(target=self._loop.run_forever, name="fastcas-open", daemon=True)
         self._thread.start()
         try:
-            self._call(self._open(args, link, root, keeps=keeps))
+            self.size = self._call(self._open(args, link, root, keeps=keeps))
         except BaseException:
             self.close()
             raise
-        assert self._fetch is not None and self._fetch.manifest is not None
-        self.size: int = self._fetch.manifest.size
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         with self._lock:
@@ -196,12 +194,14 @@ class _NetworkSource:
             future.cancel()
             raise
 
-    async def _open(self, args: dict[str, Any], link: Link, root: Path, *, keeps: bool) -> None:
+    async def _open(self, args: dict[str, Any], link: Link, root: Path, *, keeps: bool) -> int:
         opened: asyncio.Future[None] = self._loop.create_future()
         self._task = self._loop.create_task(self._live(args, link, root, keeps, opened))
         await asyncio.wait([opened, self._task], return_when=asyncio.FIRST_COMPLETED)
         if not opened.done():
             self._task.result()
+        assert self._fetch is not None and self._fetch.manifest is not None
+        return self._fetch.manifest.size
 
     async def _live(
         self, args: dict[str, Any], link: Link, root: Path, keeps: bool, opened: asyncio.Future[None]

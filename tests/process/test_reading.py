@@ -1,4 +1,4 @@
-"""`fastcas cat` and `fastcas.open`: proven bytes in order, from peers, a node, a store; ranges, broken pipes, archives."""
+"""`fastcas cat` and `fastcas.open`: proven bytes in order, from peers, a node, a store; ranges, pipes, archives."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, str]]
     with start_node(folder / "node") as node:
         done = run_fastcas("store", str(source), "--storage-dir", str(node.storage), "--json")
         yield node, json.loads(done.stdout)["link"]
+
+
+def link_of(node: Node, path: Path) -> str:
+    """Store a file in a node and return its link."""
+    done = run_fastcas("store", str(path), "--storage-dir", str(node.storage), "--json")
+    return str(json.loads(done.stdout)["link"])
 
 
 def cat(*arguments: str, storage: str = "/nonexistent") -> subprocess.CompletedProcess[bytes]:
@@ -126,12 +132,7 @@ def test_open_serves_zipfile_and_numpy(tmp_path: Path) -> None:
         archive.write(tmp_path / "a.npy", "inner/a.npy")
         archive.writestr("hello.txt", "hello")
     with start_node(tmp_path / "node") as node:
-        links = [
-            json.loads(run_fastcas("store", str(tmp_path / n), "--storage-dir", str(node.storage), "--json").stdout)[
-                "link"
-            ]
-            for n in ("a.npy", "z.zip")
-        ]
+        links = [link_of(node, tmp_path / name) for name in ("a.npy", "z.zip")]
         with fastcas.open(links[0], storage_dir="/nonexistent") as file:
             assert np.array_equal(np.load(file), array)
         with fastcas.open(links[1], storage_dir="/nonexistent") as file, zipfile.ZipFile(file) as archive:
@@ -142,9 +143,7 @@ def test_close_from_another_thread_ends_a_read_that_waits(tmp_path: Path) -> Non
     source = tmp_path / "f"
     source.write_bytes(CONTENT[: 4 * MIB])
     with start_node(tmp_path / "node", "--max-upload", "100K") as node:
-        link = json.loads(run_fastcas("store", str(source), "--storage-dir", str(node.storage), "--json").stdout)[
-            "link"
-        ]
+        link = link_of(node, source)
         file = fastcas.open(link, storage_dir="/nonexistent").detach()
         errors: list[BaseException] = []
         begun = threading.Event()
