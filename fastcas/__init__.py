@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastcas.fetch import P2PChunkDownloader, P2PClient
     from fastcas.metadata import FileMetadata
     from fastcas.node.node import P2PNode
+    from fastcas.node.reading import open
     from fastcas.node.shortcuts import get, store
     from fastcas.peers.manager import P2PPeerManager
     from fastcas.store.types import StoredFile
@@ -43,6 +44,7 @@ __all__ = [
     "P2PPeerManager",
     "StoredFile",
     "get",
+    "open",
     "store",
 ]
 
@@ -54,6 +56,7 @@ _WHERE = {
     "P2PPeerManager": "fastcas.peers.manager",
     "StoredFile": "fastcas.store.types",
     "get": "fastcas.node.shortcuts",
+    "open": "fastcas.node.reading",
 }
 _MODULES = frozenset({"errors", "fetch", "hashing", "ids", "metadata", "parity", "peers", "store"})
 

@@ -57,6 +57,7 @@ SETTINGS = {
         "path", "FILE", "join the private DHT of those who have the same file: 16 to 4096 bytes, kept secret"
     ),
     "admin_port": Setting("port", "PORT", "HTTP status and metrics on 127.0.0.1 at this TCP port; 0 = off"),
+    "max_download": Setting("rate", "RATE", "limit of all downloads through this node together, bytes per second"),
     "max_upload": Setting("rate", "RATE", "limit of all uploads together, bytes per second"),
     "send_path": Setting("choice", "|".join(SEND_PATHS), "how chunks are sent"),
 }
@@ -121,6 +122,7 @@ class NodeConfig:
     max_announce: str = "20000"
     network_key: str = ""
     admin_port: int = 0
+    max_download: str = ""
     max_upload: str = ""
     send_path: str = "auto"
     dht_port_required: bool = False
@@ -151,6 +153,7 @@ class NodeConfig:
             raise ConfigError("--node-id: expected at most 64 printable characters without spaces")
         if self.max_upload:
             parse_rate(self.max_upload, "--max-upload")
+        self.max_download_rate()
         self.bootstrap_peers()
         self.static_peers()
         if self.network_key:
@@ -166,6 +169,10 @@ class NodeConfig:
     def max_upload_rate(self) -> int | None:
         """Return the upload limit in bytes per second, None = unlimited."""
         return parse_rate(self.max_upload, "--max-upload") if self.max_upload else None
+
+    def max_download_rate(self) -> int | None:
+        """Return the download limit in bytes per second, None = unlimited."""
+        return parse_rate(self.max_download, "--max-download") if self.max_download else None
 
     def max_announce_rate(self) -> int:
         """Return what announcing chunks again may cost, bytes per second."""

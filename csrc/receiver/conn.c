@@ -247,7 +247,9 @@ static void chunk_complete(fcas_rx_conn *c)
         answered(c, FCAS_RX_CORRUPT);
         return;
     }
+    const uint64_t from_ns = fcas_rx_clock_ns();
     r->sys_errno = fcas_rx_job_write(r->job, r->index, c->buffer->bytes);
+    fcas_rx_spent(&c->owner->write_ns, from_ns);
     answered(c, r->sys_errno != 0 ? FCAS_RX_WRITE_FAILED : FCAS_RX_OK);
 }
 
@@ -372,7 +374,9 @@ static uint8_t *body_at(fcas_rx_conn *c)
 static void body_arrived(fcas_rx_conn *c, size_t n)
 {
     if (c->body == BODY_CHUNK) {
+        const uint64_t from_ns = fcas_rx_clock_ns();
         fcas_rx_check_feed(&c->check, body_at(c), n);
+        fcas_rx_spent(&c->owner->hash_ns, from_ns);
     } else if (c->body == BODY_MEMORY && c->first->has_hash) {
         fcas_sha256_update(&c->check.own, body_at(c), n);
     }
@@ -463,7 +467,9 @@ static void read_answers(fcas_rx_conn *c)
             to = body_at(c);
             want = left < most ? (size_t)left : most;
         }
+        const uint64_t from_ns = fcas_rx_clock_ns();
         const ssize_t n = recv(c->fd, to, want, 0);
+        fcas_rx_spent(&c->owner->receive_ns, from_ns);
         if (n < 0 && errno == EINTR) {
             continue;
         }

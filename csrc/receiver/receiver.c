@@ -186,6 +186,18 @@ size_t fcas_rx_memory(fcas_rx *rx)
     return total;
 }
 
+bool fcas_rx_thread_times(const fcas_rx *rx, uint32_t number, fcas_rx_times *out)
+{
+    if (number >= rx->n_started) {
+        return false;
+    }
+    const fcas_rx_thread *t = &rx->threads[number];
+    out->receive_ns = atomic_load_explicit(&t->receive_ns, memory_order_relaxed);
+    out->hash_ns = atomic_load_explicit(&t->hash_ns, memory_order_relaxed);
+    out->write_ns = atomic_load_explicit(&t->write_ns, memory_order_relaxed);
+    return true;
+}
+
 /* --- connections and requests, the caller's side --- */
 
 void fcas_rx_conn_free(fcas_rx_conn *conn)

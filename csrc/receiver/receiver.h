@@ -114,4 +114,13 @@ void fcas_rx_request_free(fcas_rx_request *request);
 /* Bytes of chunk buffers that exist at the moment. */
 size_t fcas_rx_memory(fcas_rx *rx);
 
+/* What a thread has spent its time on since it started, nanoseconds of wall-clock time. The rest it waited. */
+typedef struct {
+    uint64_t receive_ns; /* copying from sockets */
+    uint64_t hash_ns;
+    uint64_t write_ns;   /* into part files */
+} fcas_rx_times;
+/* Those of thread `number` (any thread may ask). False: there is no such thread. */
+bool fcas_rx_thread_times(const fcas_rx *rx, uint32_t number, fcas_rx_times *out);
+
 #endif

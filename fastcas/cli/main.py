@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
 from fastcas import __version__
+from fastcas.cli.cat_command import cat_command
+from fastcas.cli.options import (
+    check_fetch,
+    check_network,
+    fetch_options,
+    json_option,
+    network_options,
+    open_storage,
+    storage_option,
+)  # fmt: skip
 from fastcas.cli.render import ProgressShow, bytes_text, print_json, print_line, print_table
 from fastcas.cli.runner import resume_hint, run_command
-from fastcas.config import storage_root
 from fastcas.errors import DamageFound, NotFound, PermissionDenied, UsageError
 from fastcas.ids import (
     escape_for_terminal,
@@ -31,62 +39,9 @@ from fastcas.ids import (
 )
 from fastcas.limits import STALL_TIMEOUT_S
 
-if TYPE_CHECKING:
-    from fastcas.node.access import Access
-
 __all__ = ["command", "main"]
 
 PROGRAM = "fastcas"
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _storage_option(function: F) -> F:
-    return click.option(
-        "--storage-dir", metavar="DIR", envvar="FASTCAS_STORAGE", default="storage",
-        help="storage folder; the default is $FASTCAS_STORAGE, else ./storage",
-    )(function)  # fmt: skip
-
-
-def _json_option(function: F) -> F:
-    return click.option(
-        "--json", "as_json", is_flag=True, help="one JSON object on stdout; progress as JSON lines on stderr"
-    )(function)
-
-
-def _network_options(function: F) -> F:
-    for option in (
-        click.option("--timeout", type=click.FloatRange(min=0.001), default=30.0, show_default=True, metavar="SECONDS",
-                     help="how long to wait for the first peer and the manifest"),
-        click.option("--bootstrap", multiple=True, metavar="HOST:PORT", envvar="FASTCAS_BOOTSTRAP",
-                     help="a DHT node to ask through (repeatable)"),
-        click.option("--network-key", metavar="FILE", envvar="FASTCAS_NETWORK_KEY",
-                     help="ask in the private DHT of those who have this file"),
-        click.option("--peer", "peers", multiple=True, metavar="HOST:PORT", envvar="FASTCAS_PEER",
-                     help="a node to ask, without discovery (repeatable)"),
-    ):  # fmt: skip
-        function = option(function)
-    return function
-
-
-def _check_network(peers: Sequence[str], bootstrap: Sequence[str], timeout: float) -> None:
-    for name, texts in (("--peer", peers), ("--bootstrap", bootstrap)):
-        for text in texts:
-            parse_peer(text, name)
-    if not math.isfinite(timeout):
-        raise UsageError(f"--timeout: expected a number of seconds, got {timeout}")
-
-
-@contextlib.contextmanager
-def _access(storage_dir: str, *, create: bool = False, optional: bool = False) -> Iterator[Access]:
-    from fastcas.node.access import open_access
-
-    access = open_access(storage_root(storage_dir), create=create, optional=optional)
-    try:
-        yield access
-    finally:
-        access.close()
-
-
 @click.group(PROGRAM, no_args_is_help=False)
 @click.version_option(__version__, prog_name=PROGRAM)
 def command() -> None:
@@ -97,11 +52,11 @@ def command() -> None:
 
 @command.command("store")
 @click.argument("path", metavar="PATH")
-@_storage_option
+@storage_option
 @click.option("--chunk-size", metavar="SIZE|auto", default="auto", show_default=True, help="16KiB to 16MiB")
 @click.option("--parity", metavar="K+M", help="M parity chunks for every K data chunks")
 @click.option("--in-place", is_flag=True, help="seed from the file where it is, without a copy")
-@_json_option
+@json_option
 def store_command(
     path: str, storage_dir: str, chunk_size: str, parity: str | None, in_place: bool, as_json: bool
 ) -> None:
@@ -116,7 +71,7 @@ def store_command(
     try:
         args["is_dir"] = os.path.isdir(f"/proc/self/fd/{fd}")
         args["name"] = os.path.basename(os.path.realpath(path))
-        with _access(storage_dir, create=True) as access, ProgressShow("storing", as_json=as_json) as show:
+        with open_storage(storage_dir, create=True) as access, ProgressShow("storing", as_json=as_json) as show:
             stored = access.call("store", args, [] if args["is_dir"] else [fd], show)
     finally:
         os.close(fd)
@@ -144,20 +99,23 @@ def _open_source(path: str) -> int:
 @command.command("get")
 @click.argument("ref", metavar="REF")
 @click.option("-o", "out", metavar="PATH", help="file (for a directory: folder) to create")
-@_storage_option
-@_network_options
+@storage_option
+@network_options
+@fetch_options
 @click.option("--force", is_flag=True, help="replace a destination with other content")
 @click.option("--raw", is_flag=True, help="fetch a collection as the file that describes it")
 @click.option("--stall-timeout", type=click.FloatRange(min=0.001), default=STALL_TIMEOUT_S, show_default=True,
               metavar="SECONDS", help="give up after next to nothing has come from anybody for so long")  # fmt: skip
-@_json_option
+@click.option("--explain", is_flag=True, help="say at the end what limited the download")
+@json_option
 def get_command(
     ref: str, out: str | None, storage_dir: str, peers: tuple[str, ...], bootstrap: tuple[str, ...], timeout: float,
-    network_key: str | None, force: bool, raw: bool, stall_timeout: float, as_json: bool,
+    network_key: str | None, origins: tuple[str, ...], max_download: str | None, force: bool, raw: bool,
+    stall_timeout: float, explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fetch a file or directory by its hash or link, and print its path."""
     link = parse_ref(ref)
-    _check_network(peers, bootstrap, timeout)
+    check_network(peers, bootstrap, timeout)
     if not math.isfinite(stall_timeout):
         raise UsageError(f"--stall-timeout: expected a number of seconds, got {stall_timeout}")
     if out is not None and not out:
@@ -166,9 +124,10 @@ def get_command(
         "ref": str(link), "out": os.fsencode(os.path.abspath(out)) if out is not None else None,
         "folder": os.fsencode(os.getcwd()), "peers": list(peers), "bootstrap": list(bootstrap), "timeout_s": timeout,
         "stall_timeout_s": stall_timeout, "raw": raw, "force": force, "network_key": network_key,
+        **check_fetch(origins, max_download),
     }  # fmt: skip
     resume_hint(shlex.join([PROGRAM, *sys.argv[1:]]))
-    with _access(storage_dir, optional=True) as access, ProgressShow("fetching", as_json=as_json) as show:
+    with open_storage(storage_dir, optional=True) as access, ProgressShow("fetching", as_json=as_json) as show:
         result = access.call("get", args, on_progress=show)
     if as_json:
         print_json(result)
@@ -176,15 +135,19 @@ def get_command(
         shown = Path(result["path"])
         print_line(str(shown) if out is None or os.path.isabs(out) else out)
         _say_sources(result)
+        if explain:
+            _say_limits(result["explained"])
 
 
 def _say_sources(result: dict[str, Any]) -> None:
     parts = [f"{bytes_text(count)} from {peer}" for peer, count in sorted(result["bytes_by_peer"].items())]
+    parts += [f"{bytes_text(count)} from {url}" for url, count in sorted(result["bytes_by_origin"].items())]
     if result["local_bytes"]:
         parts.append(f"{bytes_text(result['local_bytes'])} from this machine")
     if result["resumed_bytes"]:
         parts.append(f"{bytes_text(result['resumed_bytes'])} resumed")
     banned = [f"; banned {peer}: {escape_for_terminal(reason)}" for peer, reason in result["banned"].items()]
+    banned += [f"; {url}: {escape_for_terminal(reason)}" for url, reason in result["failed_origins"].items()]
     seconds = max(result["seconds"], 0.001)
     rate = bytes_text(result["size"] / seconds)
     count = len(result["bytes_by_peer"])
@@ -192,12 +155,25 @@ def _say_sources(result: dict[str, Any]) -> None:
     sys.stderr.write(f"{total}: {', '.join(parts)}{''.join(banned)}\n")
 
 
+def _say_limits(explained: dict[str, Any]) -> None:
+    """Say where the time went, the largest share first."""
+    from fastcas.fetch.explain import CAUSES
+
+    def words(cause: str) -> str:
+        if cause == "unheld" and explained["n_unheld"]:
+            return f"waiting for {explained['n_unheld']} chunks that nobody has"
+        return CAUSES.get(cause, cause)
+
+    shares = [f"{share:.0%} {words(cause)}" for cause, share in explained["shares"].items() if share >= 0.01]
+    sys.stderr.write(f"limited by {words(explained['limited_by'])}: {', '.join(shares)}\n")
+
+
 @command.command("ls")
-@_storage_option
-@_json_option
+@storage_option
+@json_option
 def ls_command(storage_dir: str, as_json: bool) -> None:
     """List what is stored."""
-    with _access(storage_dir) as access:
+    with open_storage(storage_dir) as access:
         result = access.call("ls", {})
     if as_json:
         print_json(result)
@@ -226,12 +202,12 @@ def _flags(row: dict[str, Any]) -> str:
 
 @command.command("info")
 @click.argument("ref", metavar="REF")
-@_storage_option
-@_json_option
+@storage_option
+@json_option
 def info_command(ref: str, storage_dir: str, as_json: bool) -> None:
     """Show what is known of one stored file."""
     link = parse_ref(ref)
-    with _access(storage_dir) as access:
+    with open_storage(storage_dir) as access:
         result = access.call("info", {"ref": str(link)})
     if as_json:
         print_json(result)
@@ -255,21 +231,21 @@ def info_command(ref: str, storage_dir: str, as_json: bool) -> None:
 
 @command.command("peers")
 @click.argument("ref", metavar="REF")
-@_storage_option
-@_network_options
-@_json_option
+@storage_option
+@network_options
+@json_option
 def peers_command(
     ref: str, storage_dir: str, peers: tuple[str, ...], bootstrap: tuple[str, ...], timeout: float,
     network_key: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """List the peers that are known to have a file."""
     link = parse_ref(ref)
-    _check_network(peers, bootstrap, timeout)
+    check_network(peers, bootstrap, timeout)
     args = {
         "ref": str(link), "peers": list(peers), "bootstrap": list(bootstrap), "timeout_s": timeout,
         "network_key": network_key,
     }  # fmt: skip
-    with _access(storage_dir, optional=True) as access:
+    with open_storage(storage_dir, optional=True) as access:
         result = access.call("peers", args)
     if as_json:
         print_json(result)
@@ -282,11 +258,11 @@ def peers_command(
 
 
 @command.command("status")
-@_storage_option
-@_json_option
+@storage_option
+@json_option
 def status_command(storage_dir: str, as_json: bool) -> None:
     """Show the running node: processes, ports, contents, downloads."""
-    with _access(storage_dir) as access:
+    with open_storage(storage_dir) as access:
         status = access.call("status", {})
     if as_json:
         print_json(status)
@@ -351,8 +327,8 @@ def _dht_text(dht: dict[str, Any]) -> str:
 @click.option("--rate", metavar="RATE", help="read at most so many bytes per second; the default is no limit")
 @click.option("--subset", metavar="I/N", help="check the I-th of N parts only")
 @click.option("--restart", is_flag=True, help="begin anew instead of where a verify of the last 24 hours was stopped")
-@_storage_option
-@_json_option
+@storage_option
+@json_option
 def verify_command(
     repair: bool, peers: tuple[str, ...], rate: str | None, subset: str | None, restart: bool, storage_dir: str,
     as_json: bool,
@@ -366,7 +342,7 @@ def verify_command(
     }  # fmt: skip
     if subset is None:
         resume_hint(shlex.join([PROGRAM, *(word for word in sys.argv[1:] if word != "--restart")]))
-    with _access(storage_dir) as access, ProgressShow("verifying", as_json=as_json) as show:
+    with open_storage(storage_dir) as access, ProgressShow("verifying", as_json=as_json) as show:
         report = access.call("verify", args, on_progress=show)
     if as_json:
         print_json(report)
@@ -387,12 +363,12 @@ def verify_command(
 
 @command.command("rm")
 @click.argument("ref", metavar="REF")
-@_storage_option
-@_json_option
+@storage_option
+@json_option
 def rm_command(ref: str, storage_dir: str, as_json: bool) -> None:
     """Forget a file; `gc` then frees its space."""
     link = parse_ref(ref)
-    with _access(storage_dir) as access:
+    with open_storage(storage_dir) as access:
         result = access.call("rm", {"ref": str(link)})
     if as_json:
         print_json(result)
@@ -401,11 +377,11 @@ def rm_command(ref: str, storage_dir: str, as_json: bool) -> None:
 
 
 @command.command("gc")
-@_storage_option
-@_json_option
+@storage_option
+@json_option
 def gc_command(storage_dir: str, as_json: bool) -> None:
     """Free the space of what no stored file needs."""
-    with _access(storage_dir) as access:
+    with open_storage(storage_dir) as access:
         result = access.call("gc", {})
     if as_json:
         print_json(result)
@@ -415,12 +391,12 @@ def gc_command(storage_dir: str, as_json: bool) -> None:
 
 @command.command("migrate")
 @click.argument("old_dir", metavar="DIR")
-@_storage_option
-@_json_option
+@storage_option
+@json_option
 def migrate_command(old_dir: str, storage_dir: str, as_json: bool) -> None:
     """Import a storage folder of the older layout."""
     path = os.fsencode(os.path.realpath(old_dir))
-    with _access(storage_dir, create=True) as access:
+    with open_storage(storage_dir, create=True) as access:
         result = access.call("migrate", {"path": path})
     if as_json:
         print_json(result)
@@ -433,12 +409,15 @@ def migrate_command(old_dir: str, storage_dir: str, as_json: bool) -> None:
 
 
 @command.command("index")
-@_storage_option
-@_json_option
+@storage_option
+@json_option
 def index_command(storage_dir: str, as_json: bool) -> None:
     """Print a cas_index.json of what is stored."""
-    with _access(storage_dir) as access:
+    with open_storage(storage_dir) as access:
         print_json(access.call("index", {})["index"])
+
+
+command.add_command(cat_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

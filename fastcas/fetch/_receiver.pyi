@@ -59,6 +59,9 @@ class Receiver:
     def buffer_bytes(self) -> int:
         """Bytes of chunk buffers that exist at the moment."""
 
+    def times(self) -> list[tuple[float, float, float]]:
+        """Return what each thread has spent so far on receiving, hashing and writing, seconds of wall-clock time."""
+
     def open(self, ip: str, port: int, node_id: str | None = None) -> Connection:
         """Return a connection, which dials when its first request is queued.
 

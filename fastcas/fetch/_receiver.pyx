@@ -120,6 +120,11 @@ cdef extern from "receiver/receiver.h" nogil:
     fcas_rx_request *fcas_rx_take(fcas_rx *)
     void fcas_rx_request_free(fcas_rx_request *)
     size_t fcas_rx_memory(fcas_rx *)
+    ctypedef struct fcas_rx_times:
+        uint64_t receive_ns
+        uint64_t hash_ns
+        uint64_t write_ns
+    bint fcas_rx_thread_times(const fcas_rx *, uint32_t, fcas_rx_times *)
 
 _TARGET = re.compile(rb"/[A-Za-z0-9/?&=._~%-]{0,999}")
 _NODE_ID = re.compile(r"[0-9a-f]{1,64}", re.ASCII)
@@ -231,6 +236,15 @@ cdef class Receiver:
     @property
     def buffer_bytes(self):
         return fcas_rx_memory(self._rx) if self._rx != NULL else 0
+
+    def times(self):
+        cdef fcas_rx_times spent
+        cdef uint32_t number = 0
+        cdef list out = []
+        while self._rx != NULL and fcas_rx_thread_times(self._rx, number, &spent):
+            out.append((spent.receive_ns / 1e9, spent.hash_ns / 1e9, spent.write_ns / 1e9))
+            number += 1
+        return out
 
     def open(self, str ip, int port, node_id=None):
         return Connection(self, ip, port, node_id)

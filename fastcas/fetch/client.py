@@ -17,7 +17,8 @@ from fastcas.errors import FastCASError, ManifestNotFound, NetworkError, UsageEr
 from fastcas.fetch.download import DownloadResult, LocalChunks, Progress, download
 from fastcas.fetch.downloader import P2PChunkDownloader
 from fastcas.fetch.manifests import find_manifest
-from fastcas.ids import Link, PeerAddr, parse_peer, parse_ref
+from fastcas.fetch.pacing import Pace
+from fastcas.ids import Link, PeerAddr, parse_peer, parse_rate, parse_ref
 from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
 from fastcas.metadata import Manifest
 from fastcas.peers.dht_process import DhtProcess
@@ -142,6 +143,8 @@ class P2PClient:
         *,
         progress: Callable[[Progress], None] | None = None,
         force: bool = False,
+        origins: Sequence[str] = (),
+        max_download: int | str | None = None,
     ) -> Path | None:
         """Fetch a file; returns its path, or None when that failed (the reason is logged).
 
@@ -150,11 +153,16 @@ class P2PClient:
             out: File to create; None: the stored name in `download_dir`.
             progress: Called a few times a second.
             force: Replace a destination with other content.
+            origins: URLs of HTTP servers that have the file, for chunks that no peer has.
+            max_download: Limit of the rate, bytes per second or text such as "10M".
         Raises:
             UsageError: The hash or link is malformed.
         """
         try:
-            return (await self.fetch_file(file_hash, out, progress=progress, force=force)).path
+            result = await self.fetch_file(
+                file_hash, out, progress=progress, force=force, origins=origins, max_download=max_download
+            )
+            return result.path
         except UsageError:
             raise
         except FastCASError as exc:
@@ -170,6 +178,8 @@ class P2PClient:
         force: bool = False,
         raw: bool = False,
         trust_resume: bool = False,
+        origins: Sequence[str] = (),
+        max_download: int | str | None = None,
     ) -> DownloadResult:
         """`download_file` that raises; arguments and errors as `fastcas.fetch.download`."""
         link = parse_ref(ref) if isinstance(ref, str) else ref
@@ -188,6 +198,8 @@ class P2PClient:
                 force=force,
                 raw=raw,
                 folder=self.download_dir,
+                origins=origins,
+                pace=Pace(parse_rate(str(max_download), "max_download")) if max_download is not None else None,
             )
 
     async def shutdown(self) -> None:

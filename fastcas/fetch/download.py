@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import quote
 
 from fastcas import limits
+from fastcas.fetch.explain import Explained
+from fastcas.fetch.origin import parse_origin
+from fastcas.fetch.pacing import Pace
 from fastcas.ids import Link, PeerAddr
 from fastcas.metadata import Manifest
 
@@ -90,6 +94,8 @@ class DownloadResult:
         path: The file (or folder, for a collection).
         resumed_bytes: Found in an earlier part file. local_bytes: Taken from this machine.
         banned: Peers that lied or broke the protocol, with the reason.
+        bytes_by_origin: By URL. failed_origins: By URL, why one is not asked any more.
+        explained: What limited it.
     """
 
     path: Path
@@ -101,6 +107,9 @@ class DownloadResult:
     resumed_bytes: int = 0
     local_bytes: int = 0
     banned: dict[PeerAddr, str] = field(default_factory=dict)
+    bytes_by_origin: dict[str, int] = field(default_factory=dict)
+    failed_origins: dict[str, str] = field(default_factory=dict)
+    explained: Explained = field(default_factory=Explained)
 
 
 @dataclass
@@ -121,6 +130,17 @@ class Settings:
     raw: bool = False
     folder: Path | None = None
     callers: Callable[[bytes], Iterable[tuple[str, str, int]]] | None = None
+    origins: Sequence[str] = ()
+    pace: Pace | None = None
+    known: Sequence[Manifest] = ()
+
+    def origins_of_file(self) -> list[str]:
+        """Return the origins that name a file; the others name a collection's folder."""
+        return [url for url in self.origins if not url.endswith("/")]
+
+    def origins_of_member(self, path: str) -> list[str]:
+        """Return where the origins that name a collection's folder have one of its files."""
+        return [url + quote(path) for url in self.origins if url.endswith("/")]
 
 
 async def download(
@@ -141,6 +161,9 @@ async def download(
     raw: bool = False,
     folder: Path | None = None,
     callers: Callable[[bytes], Iterable[tuple[str, str, int]]] | None = None,
+    origins: Sequence[str] = (),
+    pace: Pace | None = None,
+    known: Sequence[Manifest] = (),
 ) -> DownloadResult:
     """Fetch a file from everybody who has it, prove it, and put it at its place.
 
@@ -158,9 +181,14 @@ async def download(
         force: Replace a destination with other content.
         raw: A collection is an ordinary file.
         callers: Returns [(node_id, ip, port)] of those who asked our own workers for a file: they may have part of it.
+        origins: URLs of HTTP servers that have the file, for chunks that no peer has; one that ends with "/" has a
+            collection's files at their paths.
+        pace: Limit of the rate, all peers and origins together.
+        known: Manifests that this machine has of the file: used where nobody gives one.
     Returns:
         The result; for a collection, of the folder.
     Raises:
+        UsageError: An origin is no http or https URL.
         NoPeers: Nobody has the file, or no manifest, within `timeout_s`.
         ChunkNotFound: Nobody is left who has what is missing; the part file is kept.
         Stalled: Next to nothing came for `stall_timeout_s`; the part file is kept.
@@ -170,7 +198,7 @@ async def download(
     """
     settings = Settings(
         discovery, tuple(peers), local, node_id, data_port, timeout_s, stall_timeout_s, hooks, progress,
-        trust_resume, force, raw, folder, callers,
+        trust_resume, force, raw, folder, callers, [parse_origin(url, "origin") for url in origins], pace, known,
     )  # fmt: skip
     from fastcas.fetch.filefetch import FileFetch
     from fastcas.fetch.receiver import AsyncReceiver

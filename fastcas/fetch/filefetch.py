@@ -12,18 +12,21 @@ import random
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from fastcas.errors import DestinationExists, FastCASError
+from fastcas.errors import DestinationExists, FastCASError, NoPeers
 from fastcas.fetch.crowd import Crowd
 from fastcas.fetch.download import DownloadResult, Progress, Settings
+from fastcas.fetch.explain import Explained, Meter
 from fastcas.fetch.filling import Filling, ManifestConvictedError
 from fastcas.fetch.localwork import hash_existing
+from fastcas.fetch.origins import Origins
 from fastcas.fetch.partfile import PartFile, clear_leftovers, has_content, prepare_folder, safe_name
 from fastcas.fetch.receiver import AsyncReceiver
 from fastcas.fetch.remote import Remote
 from fastcas.fetch.tasks import TaskSet
 from fastcas.fetch.trust import Chain
-from fastcas.ids import Link, short
+from fastcas.ids import Link, PeerAddr, short
 from fastcas.metadata import Manifest
 
 __all__ = ["FileFetch"]
@@ -57,6 +60,8 @@ class FileFetch:
         self._filling: Filling | None = None
         self._resumed_bytes = 0
         self._local_bytes = 0
+        self._origins: Origins | None = None
+        self._meter = Meter(time.monotonic())
 
     async def run(self) -> DownloadResult:
         """Fetch the file; arguments and errors as `download`."""
@@ -68,7 +73,7 @@ class FileFetch:
         try:
             self.crowd.find()
             while True:
-                manifest, giver = await self.crowd.wait_for_manifest(self._report_waiting)
+                manifest, giver = await self._find_manifest()
                 if self._out is None:
                     self._out = await self._destination()
                     if (there := await self._existing(self._out)) is not None:
@@ -93,7 +98,33 @@ class FileFetch:
             self._resumed_bytes,
             self._local_bytes,
             self.crowd.banned(),
+            explained=self._explained(),
+            **self._of_origins(),
         )
+
+    async def _find_manifest(self) -> tuple[Manifest, Remote]:
+        """From a peer, else one that this machine has."""
+        try:
+            return await self.crowd.wait_for_manifest(self._report_waiting)
+        except NoPeers as exc:
+            if not self.settings.origins:
+                raise
+            for manifest in self.settings.known:
+                if self.link.manifest_hash in (None, manifest.manifest_hash):
+                    return manifest, Remote(PeerAddr("localhost", 0), "user", self.receiver)
+            raise NoPeers(
+                f"{exc}; an origin gives bytes only, and no manifest is known to prove them by"
+            ) from exc
+
+    def _explained(self) -> Explained:
+        return self._meter.end(time.monotonic())
+
+    def _of_origins(self) -> dict[str, dict[str, Any]]:
+        origins = self._origins.origins if self._origins is not None else []
+        return {
+            "bytes_by_origin": {origin.shown: origin.n_bytes for origin in origins if origin.n_bytes},
+            "failed_origins": {origin.shown: origin.failed for origin in origins if origin.failed is not None},
+        }
 
     async def _existing(self, out: Path) -> Manifest | None:
         """The manifest of the destination where it has the content already; other content is refused."""
@@ -132,8 +163,9 @@ class FileFetch:
             return True
         trusted = self.link.manifest_hash is not None or giver.source in ("user", "link")
         chain = Chain(manifest, trusted=trusted)
-        filling = Filling(manifest, self.part, chain, self.crowd, self.receiver, self.settings)
+        filling = Filling(manifest, self.part, chain, self.crowd, self.receiver, self.settings, self._meter)
         self._filling = filling
+        self._origins = filling.origins
         try:
             await filling.run()
         finally:

@@ -17,7 +17,9 @@ from fastcas.errors import ChunkNotFound, FastCASError, ManifestCorrupt, Stalled
 from fastcas.fetch._receiver import Job
 from fastcas.fetch.crowd import Crowd
 from fastcas.fetch.download import LocalChunks, Progress, Settings
+from fastcas.fetch.explain import Meter
 from fastcas.fetch.localwork import check_batch
+from fastcas.fetch.origins import LACKING_S, Origins
 from fastcas.fetch.partfile import PartFile, storage_error
 from fastcas.fetch.rebuild import ParityPlan
 from fastcas.fetch.receiver import HASH_OK, LINK_OK, Answer, AsyncReceiver, Outcome, describe
@@ -56,8 +58,13 @@ class Filling:
         crowd: Crowd,
         receiver: AsyncReceiver,
         settings: Settings,
+        meter: Meter,
     ) -> None:
-        """Ask for nothing before `run`."""
+        """Ask for nothing before `run`.
+
+        Args:
+            meter: Is told what is waited for.
+        """
         self.manifest = manifest
         self.chain = chain
         self.resumed_bytes = 0
@@ -74,6 +81,12 @@ class Filling:
             manifest.n_total, manifest.chunk_size, wanted=self._data & ~candidates, rng=random.Random()
         )
         self._scheduler.allowed = chain.allowed()
+        self._meter = meter
+        self._pace = settings.pace
+        urls = settings.origins_of_file()
+        self.origins = Origins(
+            urls, manifest, self._job, self._scheduler, self._pace, self._settle, self._tasks
+        ) if urls else None  # fmt: skip
         self._parity = ParityPlan(manifest) if manifest.n_parity else None
         if self._parity is not None:
             self._scheduler.stand_in = self._parity_for
@@ -89,9 +102,10 @@ class Filling:
         self._last_byte = self._last_tick = time.monotonic()
         self._n_here = 0
         self._patience_s = settings.stall_timeout_s
-        self._n_received = self._crowd.received()
+        self._n_received = self._received()
         self._rate = 0.0
         self._unheld_since: float | None = None
+        self._is_paced = False  # the limit of the rate held something back
 
     async def run(self) -> None:
         """Return when every data chunk is in its place and right; afterwards nothing is written any more."""
@@ -99,6 +113,7 @@ class Filling:
         crowd.on_have, crowd.on_ban = self._on_have, self._on_ban
         self._receiver.on_batch = self._after_batch
         crowd.use(self.manifest)
+        self._meter.threads(self._receiver.core.times())
         self._local_work = self._tasks.spawn(self._take_local())
         try:
             while not self._ended.done():
@@ -107,6 +122,8 @@ class Filling:
                     self._tick()
             self._ended.result()
         finally:
+            self._meter.switch("disk", time.monotonic())
+            self._meter.threads(self._receiver.core.times())
             self._receiver.on_batch = crowd.on_have = crowd.on_ban = None
             if self._wake is not None:
                 self._wake.cancel()
@@ -143,7 +160,7 @@ class Filling:
             return
         manifest = self.manifest
         now = time.monotonic()
-        for ask in self._scheduler.decide(now):
+        for ask in self._decide(now):
             remote = self._crowd.remotes[ask.peer]  # type: ignore[index]
             if ask.index is None:
                 target = next_target(
@@ -153,8 +170,62 @@ class Filling:
                 remote.ask_next(self._job, target, self._answer_to(remote, ask))
             else:
                 remote.ask_chunk(self._job, ask.index, manifest.hash_of(ask.index), self._answer_to(remote, ask))
-        if self._wake is None and (at := self._scheduler.wake_at(now)) is not None:
+        cause, n_unheld = self._waits_for()
+        at = self._scheduler.wake_at(now)
+        if cause == "max_download" and self._pace is not None:
+            free_at = now + self._pace.wait_s(manifest.chunk_size)
+            at = free_at if at is None else min(at, free_at)
+            if self._wake is not None:  # for something later
+                self._wake.cancel()
+                self._wake = None
+        self._meter.switch(cause, now, n_unheld)
+        if self._wake is None and at is not None:
             self._wake = asyncio.get_running_loop().call_later(max(0.001, at - now), self._woken)
+
+    def _decide(self, now: float) -> list[Ask]:
+        """What to ask for, within what the limit of the rate allows."""
+        pace, scheduler, manifest = self._pace, self._scheduler, self.manifest
+        if pace is None:
+            return scheduler.decide(now)
+        n = pace.chunks(now, manifest.chunk_size)
+        if n == 0:
+            self._is_paced = True
+            return []
+        most = scheduler.max_in_flight
+        scheduler.max_in_flight = min(most, scheduler.n_in_flight + n)
+        asks = scheduler.decide(now)
+        scheduler.max_in_flight = most
+        pace.spend(sum(self._length_of(ask.index) for ask in asks))
+        self._is_paced = bool(asks) and pace.chunks(now, manifest.chunk_size) == 0
+        return asks
+
+    def _length_of(self, index: int | None) -> int:
+        return self.manifest.chunk_size if index is None else self.manifest.length_of(index)
+
+    def _waits_for(self) -> tuple[str, int]:
+        """What the download waits for (`explain.CAUSES`), and the chunks that nobody has where it is that."""
+        scheduler = self._scheduler
+        if self._is_paced:
+            return "max_download", 0
+        if scheduler.n_in_flight or any(peer.n_next for peer in scheduler.peers.values()):
+            return "peer_upload", 0
+        if self.origins is not None and self.origins.n_asked:
+            return "origin_upload", 0
+        if (self._local_work is not None and not self._local_work.done()) or self._is_rebuilding():
+            return "local", 0
+        if not self.is_short():
+            return "reader", 0
+        n_unheld = scheduler.unheld().bit_count()
+        return ("unheld", n_unheld) if n_unheld else ("peer_upload", 0)
+
+    def is_short(self) -> bool:
+        """Whether anything may be fetched that is not here: not, while whoever reads the result is slower."""
+        return bool(self._scheduler.wanted & self._scheduler.allowed)
+
+    def look_again(self) -> None:
+        """What `chain` allows has changed."""
+        self._scheduler.allowed = self.chain.allowed()
+        self._pump()
 
     def _woken(self) -> None:
         self._wake = None
@@ -174,6 +245,8 @@ class Filling:
             self._report(time.monotonic())
 
     def _on_answer(self, remote: Remote, index: int | None, answer: Answer) -> None:  # hot
+        if self._pace is not None and answer.outcome != Outcome.OK:
+            self._pace.spend(answer.length - self._length_of(index))
         if self._ended.done():
             return
         scheduler, manifest, key, outcome = self._scheduler, self.manifest, remote.addr, answer.outcome
@@ -380,8 +453,10 @@ class Filling:
     def _tick(self) -> None:
         """Four times a second: rates, slow peers, parity, and whether anybody can still help."""
         now = time.monotonic()
-        received = self._crowd.received()
+        received = self._received()
+        # Where we hold back ourselves, silence is no stall.
         local_busy = self._local_work is not None and not self._local_work.done()
+        local_busy = local_busy or self._is_paced or not self.is_short()
         if received > self._n_received or local_busy:
             self._last_byte = now
         self._lose_patience(now, received - self._n_received, is_progress=local_busy)
@@ -392,11 +467,26 @@ class Filling:
         if self._parity is not None:
             self._use_parity(self._parity, now)
         self._pump()
+        if self.origins is not None:
+            self._use_origins(self.origins, now)
         self._report(now)
         is_idle = not local_busy and not self._is_rebuilding() and not self._scheduler.n_in_flight
-        hopeless = is_idle and self._crowd.is_hopeless()
+        hopeless = is_idle and self._crowd.is_hopeless() and not (self.origins and self.origins.can_help())
         if hopeless or self._patience_s <= 0:
             self.fail(self._stuck(stalled=not hopeless))
+
+    def _received(self) -> int:
+        """Bytes of chunks that came from anybody."""
+        return self._crowd.received() + (self.origins.n_received if self.origins is not None else 0)
+
+    def _use_origins(self, origins: Origins, now: float) -> None:
+        """Let the origins have the chunks that nobody has who can be asked soon."""
+        scheduler, held = self._scheduler, 0
+        for peer in scheduler.usable_peers():
+            if peer.rest_until - now < LACKING_S:
+                held |= peer.have
+        lacking = scheduler.free & scheduler.allowed & self._data & ~held
+        origins.offer(lacking, now, nobody_comes=self._crowd.is_hopeless())
 
     def _lose_patience(self, now: float, n_bytes: int, *, is_progress: bool) -> None:
         """Bytes buy time at 4 KiB/s, a chunk that is right buys all of it: who only trickles is given up, too."""
@@ -432,9 +522,12 @@ class Filling:
         shown = ", ".join(f"#{i} ({short(manifest.hash_of(i))})" for i in lowest_bits(missing, 3))
         lost = self._parity.explain(missing, self._here | self._held()) if self._parity is not None else ""
         lost += "; " if lost else ""
+        did = self._crowd.what_peers_did()
+        if self.origins is not None:
+            did += f"; {self.origins.what_they_did()}"
         text = (
             f"file {short(manifest.file_hash)}: {n} of {manifest.n_chunks} chunks are missing: {shown}"
-            f"{', …' if n > 3 else ''}; {lost}{self._crowd.what_peers_did()}; the part file is kept and can be resumed"
+            f"{', …' if n > 3 else ''}; {lost}{did}; the part file is kept and can be resumed"
         )
         if stalled and not scheduler.unheld():
             return Stalled(f"less than {SLOW_BPS} B/s for {self._settings.stall_timeout_s:g} s: {text}")

@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -118,9 +118,11 @@ class _Tree:
         await asyncio.to_thread(self._prepare)
         collection = self._collection
         for number, entry in enumerate(collection.files):
-            await self._file(Link(entry.file_hash, entry.manifest_hash), self._work / f"file-{number}", counts=True)
+            origins = self._fetch.settings.origins_of_member(entry.path)
+            link = Link(entry.file_hash, entry.manifest_hash)
+            await self._file(link, self._work / f"file-{number}", origins, counts=True)
         for number, pack in enumerate(collection.packs):
-            await self._file(Link(pack.file_hash, pack.manifest_hash), self._work / f"pack-{number}", counts=False)
+            await self._file(Link(pack.file_hash, pack.manifest_hash), self._work / f"pack-{number}", [], counts=False)
         await asyncio.to_thread(self._place)
         if self._fetch.settings.hooks is not None:
             tree = FetchedTree(
@@ -131,7 +133,7 @@ class _Tree:
         self._result.seconds = time.monotonic() - self._started
         return self._result
 
-    async def _file(self, link: Link, path: Path, *, counts: bool) -> None:
+    async def _file(self, link: Link, path: Path, origins: Sequence[str], *, counts: bool) -> None:
         settings = replace(
             self._fetch.settings,
             peers=self._peers,
@@ -139,6 +141,8 @@ class _Tree:
             progress=self._progress(self._fetch.settings.progress),
             raw=True,
             force=True,  # inside our own work folder
+            origins=origins,
+            known=(),
         )
         done = await FileFetch(link, path, settings, self._fetch.receiver).run()
         if self._hooks is not None:
@@ -150,6 +154,10 @@ class _Tree:
         result.resumed_bytes += done.resumed_bytes
         result.local_bytes += done.local_bytes
         result.banned.update(done.banned)
+        for url, n_bytes in done.bytes_by_origin.items():
+            result.bytes_by_origin[url] = n_bytes
+        result.failed_origins.update(done.failed_origins)
+        result.explained.add(done.explained)
         self._peers = tuple(peer for peer in self._peers if peer not in done.banned)
 
     def _progress(self, outer: Callable[[Progress], None] | None) -> Callable[[Progress], None] | None:

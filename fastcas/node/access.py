@@ -29,7 +29,7 @@ from fastcas.store.paths import shown
 if TYPE_CHECKING:
     from fastcas.fetch import FetchedTree
 
-__all__ = ["Access", "FolderAccess", "NodeAccess", "open_access"]
+__all__ = ["Access", "FolderAccess", "NodeAccess", "check_reachable", "dht_client", "open_access"]
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def open_access(root: Path, *, create: bool = False, optional: bool = False) -> 
 
 
 @contextlib.asynccontextmanager
-async def _dht_client(args: dict[str, Any], link: Link, *, is_needed: bool) -> AsyncIterator[Discovery | None]:
+async def dht_client(args: dict[str, Any], link: Link, *, is_needed: bool) -> AsyncIterator[Discovery | None]:
     """Ask a DHT for the time of one command; None without a bootstrap node.
 
     The DHT nodes that the link names are bootstrap nodes where nobody else can be asked.
@@ -208,7 +208,7 @@ async def _peers(args: dict[str, Any]) -> dict[str, Any]:
     link = parse_ref(str(args["ref"]))
     named = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
     deadline_s = min(float(args.get("timeout_s", FETCH_TIMEOUT_S)), PEERS_DEADLINE_S)
-    async with _dht_client(args, link, is_needed=not named) as dht:
+    async with dht_client(args, link, is_needed=not named) as dht:
         backends: list[Discovery] = [StaticDiscovery(named)]
         if dht is not None:
             backends.append(dht)
@@ -219,6 +219,8 @@ async def _peers(args: dict[str, Any]) -> dict[str, Any]:
 
 async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgress | None) -> dict[str, Any]:
     from fastcas.fetch.download import download
+    from fastcas.fetch.origin import parse_origin
+    from fastcas.fetch.pacing import Pace
     from fastcas.node.downloads import ProgressRelay, result_to_map
     from fastcas.node.export import export
 
@@ -234,12 +236,17 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
         here = export(store, link, out, folder, raw=raw, force=force, progress=relay.bytes)
         if here is not None:
             return here
-    _check_reachable(link, peers, args)
+    origins = [parse_origin(str(url)) for url in args.get("origins", [])]
+    known = list(store.manifests_of(link.file_hash)) if origins and store is not None else []
+    if not known:
+        check_reachable(link, peers, args)
+    rate = args.get("max_download_Bps")
     hooks = _Finished()
-    async with _dht_client(args, link, is_needed=not peers and not link.peers) as dht:
+    async with dht_client(args, link, is_needed=not peers and not link.peers) as dht:
         result = await download(
             link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s,
-            stall_timeout_s=stall_s, hooks=hooks, progress=relay, raw=raw, force=force,
+            stall_timeout_s=stall_s, hooks=hooks, progress=relay, raw=raw, force=force, origins=origins,
+            pace=Pace(rate) if rate else None, known=known,
         )  # fmt: skip
     if store is not None:
         for path, manifest, is_proven in hooks.files:
@@ -250,11 +257,13 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     return result_to_map(result)
 
 
-def _check_reachable(link: Link, peers: list[PeerAddr], args: dict[str, Any]) -> None:
+def check_reachable(link: Link, peers: list[PeerAddr], args: dict[str, Any]) -> None:
+    """Raise NoPeers where there is nobody to ask."""
     if not peers and not link.peers and not link.dht and not args.get("bootstrap"):
         raise NoPeers(
             f"no peer has {link.file_hash.hex()}: none is known; name one with --peer, a DHT node with --bootstrap, "
             "or run a node on this storage folder"
+            + ("; an origin gives bytes only, and no manifest is known to prove them by" if args.get("origins") else "")
         )
 
 

@@ -202,6 +202,7 @@ class Agent:
             store=self.store, thread=self.thread, publisher=self.publisher, publish=self.publish,
             announcer=self.announcer, node_id=self.node_id, data_port=self.data_port,
             discovery=lambda: self._dht, callers=self.swarmbook.peers_of, named_peers=self.config.static_peers(),
+            max_download_Bps=self.config.max_download_rate(),
         )  # fmt: skip
         self.partials = Partials(self.store, self.thread, self.publisher, self.publish, self.announcer)
         self._stack.callback(self.partials.close)

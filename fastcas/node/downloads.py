@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastcas.errors import FastCASError, Interrupted
+from fastcas.fetch.pacing import Pace
 from fastcas.ids import Link, PeerAddr, short
 from fastcas.limits import STALL_TIMEOUT_S
 from fastcas.metadata import Manifest
@@ -73,6 +74,9 @@ def result_to_map(result: DownloadResult) -> dict[str, Any]:
         "resumed_bytes": result.resumed_bytes,
         "local_bytes": result.local_bytes,
         "banned": {str(peer): reason for peer, reason in result.banned.items()},
+        "bytes_by_origin": result.bytes_by_origin,
+        "failed_origins": result.failed_origins,
+        "explained": result.explained.to_map(),
     }
 
 
@@ -112,6 +116,7 @@ class Downloads:
         discovery: Returns where to ask for peers, None where there are only the named ones.
         callers: Returns [(node_id, ip, port)] of those who asked our workers for a file.
         named_peers: That the user named, to be asked for every file.
+        max_download_Bps: Limit of all downloads together, bytes per second.
     """
 
     def __init__(
@@ -127,6 +132,7 @@ class Downloads:
         discovery: Callable[[], Discovery | None],
         callers: Callable[[bytes], list[tuple[str, str, int]]],
         named_peers: Sequence[PeerAddr] = (),
+        max_download_Bps: int | None = None,
     ) -> None:
         self._store = store
         self._thread = thread
@@ -138,6 +144,7 @@ class Downloads:
         self._discovery = discovery
         self._callers = callers
         self._named_peers = tuple(named_peers)
+        self._pace = Pace(max_download_Bps) if max_download_Bps else None
         self._tasks: set[asyncio.Future[None]] = set()
         self._closing = threading.Event()
         self._numbers = itertools.count(1)
@@ -165,6 +172,8 @@ class Downloads:
         stall_timeout_s: float = STALL_TIMEOUT_S,
         raw: bool = False,
         force: bool = False,
+        origins: Sequence[str] = (),
+        max_download_Bps: int | None = None,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
         """Fetch a file or collection, and seed it where it is.
@@ -177,6 +186,8 @@ class Downloads:
             timeout_s: For the first peer and the manifest. stall_timeout_s: Without a byte from anybody.
             raw: A collection is an ordinary file.
             force: Replace a destination with other content.
+            origins: URLs for what no peer has.
+            max_download_Bps: A limit beside the node's.
             on_progress: Gets plain maps.
         Returns:
             `result_to_map` of the download.
@@ -193,6 +204,8 @@ class Downloads:
         seeding = Seeding(self._store, self._thread, self._publisher, self._publish, self._on_offered)
 
         relay = ProgressRelay(on_progress)
+        pace = self._pace if max_download_Bps is None else Pace(max_download_Bps, self._pace)
+        known = await self._thread.run(self._store.manifests_of, link.file_hash) if origins else []
 
         def progress(now: Progress) -> None:
             running.done, running.total, running.rate_Bps = now.bytes_done, now.bytes_total, now.rate_Bps
@@ -204,7 +217,7 @@ class Downloads:
                 link, out, discovery=self._discovery(), peers=[*peers, *self._named_peers], local=local,
                 node_id=self._node_id, data_port=self._data_port(), timeout_s=timeout_s,
                 stall_timeout_s=stall_timeout_s, hooks=seeding, progress=progress, raw=raw, force=force, folder=folder,
-                callers=self._callers,
+                callers=self._callers, origins=origins, pace=pace, known=known,
             )  # fmt: skip
             registering = [
                 asyncio.ensure_future(self._register(path, manifest, path.name))

@@ -66,7 +66,8 @@ def export(
     return {
         "path": str(out), "file_hash": link.file_hash.hex(), "manifest_hash": manifest.manifest_hash.hex(),
         "size": size, "seconds": round(time.monotonic() - started, 3), "bytes_by_peer": {}, "resumed_bytes": 0,
-        "local_bytes": size, "banned": {},
+        "local_bytes": size, "banned": {}, "bytes_by_origin": {}, "failed_origins": {},
+        "explained": {"limited_by": "disk", "shares": {"disk": 1.0}, "n_unheld": 0},
     }  # fmt: skip
 
 

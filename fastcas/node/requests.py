@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastcas.errors import FastCASError, Interrupted, NodeUnavailable, UsageError
+from fastcas.fetch.origin import parse_origin
 from fastcas.ids import Link, parse_hash, parse_peer, parse_ref
 from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
 from fastcas.metadata import FileMetadata, Manifest
@@ -194,6 +195,7 @@ class RequestHandler:
                 raise UsageError("--bootstrap: this storage folder's node runs without a DHT")
             await self._agent.dht.bootstrap([(peer.ip, peer.port) for peer in bootstrap])
         self._agent.join_through(link.dht)
+        origins = [parse_origin(str(url)) for url in args.get("origins", [])]
         folder = Path(os.fsdecode(args["folder"]))
         out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
         if not (out or folder).is_absolute():
@@ -205,7 +207,8 @@ class RequestHandler:
             return await self._agent.downloads.get(
                 link, out, folder=folder, peers=peers, timeout_s=timeout_s,
                 stall_timeout_s=float(args.get("stall_timeout_s", STALL_TIMEOUT_S)), raw=bool(args.get("raw")),
-                force=bool(args.get("force")), on_progress=request.progress,
+                force=bool(args.get("force")), on_progress=request.progress, origins=origins,
+                max_download_Bps=args.get("max_download_Bps"),
             )  # fmt: skip
         finally:
             self._agent.partials.republish()

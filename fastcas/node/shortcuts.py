@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 from fastcas.config import default_storage, storage_root
 from fastcas.errors import NotFound, PermissionDenied, UsageError
-from fastcas.ids import PeerAddr, parse_chunk_size, parse_parity, parse_peer, parse_ref
+from fastcas.fetch.origin import parse_origin
+from fastcas.ids import PeerAddr, parse_chunk_size, parse_parity, parse_peer, parse_rate, parse_ref
 from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
 from fastcas.node.access import open_access
 from fastcas.store import StoredFile
 from fastcas.store.paths import shown
 
-__all__ = ["get", "store"]
+__all__ = ["Peer", "get", "peer_text", "rate_of", "store"]
 
 T = TypeVar("T")
 Peer = str | tuple[str, int] | PeerAddr
@@ -87,6 +88,8 @@ def get(
     timeout: float = FETCH_TIMEOUT_S,
     stall_timeout: float = STALL_TIMEOUT_S,
     force: bool = False,
+    origins: Sequence[str] = (),
+    max_download: int | str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Fetch a file or collection by hash or link and return where it is.
@@ -100,6 +103,8 @@ def get(
         timeout: Seconds for the first peer and the manifest.
         stall_timeout: Seconds with next to nothing from anybody, after which the download ends.
         force: Replace a destination with other content.
+        origins: URLs of HTTP servers that have the file, for chunks that no peer has.
+        max_download: Limit of the rate, bytes per second or text such as "10M".
         progress: Called with {"done", "total", "rate_Bps", "peers", "waiting_on"}.
     Raises:
         UsageError: An argument.
@@ -109,9 +114,11 @@ def get(
     """
     args = {
         "ref": str(parse_ref(ref)), "out": os.fsencode(os.path.abspath(out)) if out is not None else None,
-        "folder": os.fsencode(os.getcwd()), "peers": [_peer_text(p) for p in peers],
-        "bootstrap": [_peer_text(p) for p in bootstrap], "timeout_s": timeout,
+        "folder": os.fsencode(os.getcwd()), "peers": [peer_text(p) for p in peers],
+        "bootstrap": [peer_text(p) for p in bootstrap], "timeout_s": timeout,
         "stall_timeout_s": stall_timeout, "force": force,
+        "origins": [parse_origin(url, "origins") for url in origins],
+        "max_download_Bps": rate_of(max_download),
     }  # fmt: skip
 
     def work() -> Path:
@@ -124,7 +131,17 @@ def get(
     return _beside_a_loop(work)
 
 
-def _peer_text(peer: Peer) -> str:
+def rate_of(rate: int | str | None) -> int | None:
+    """Return a limit in bytes per second, given as a number or as text.
+
+    Raises:
+        UsageError: Neither.
+    """
+    return None if rate is None else parse_rate(str(rate), "max_download")
+
+
+def peer_text(peer: Peer) -> str:
+    """Return a peer as "host:port", checked."""
     text = peer if isinstance(peer, str) else str(peer if isinstance(peer, PeerAddr) else PeerAddr(*peer))
     return str(parse_peer(text, "peer"))
 

@@ -44,6 +44,7 @@ def config_to_map(config: NodeConfig) -> dict[str, Any]:
         "bootstrap": list(config.bootstrap),
         "peer": list(config.peer),
         "admin_port": config.admin_port,
+        "max_download": config.max_download,
         "max_upload": config.max_upload,
         "workers": config.workers,
     }
@@ -56,6 +57,7 @@ def config_from_map(values: dict[str, Any]) -> NodeConfig:
         bootstrap=[str(item) for item in values.get("bootstrap", [])],
         peer=[str(item) for item in values.get("peer", [])],
         admin_port=int(values.get("admin_port", 0)),
+        max_download=str(values.get("max_download", "")),
         max_upload=str(values.get("max_upload", "")),
     )
 

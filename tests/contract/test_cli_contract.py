@@ -44,19 +44,21 @@ def flags(command: click.Command) -> set[str]:
 
 def test_commands_and_flags_are_those_of_the_contract() -> None:
     assert set(fastcas_command.commands) == {
-        "store", "get", "ls", "info", "peers", "status", "verify", "rm", "gc", "migrate", "index",
+        "store", "get", "cat", "ls", "info", "peers", "status", "verify", "rm", "gc", "migrate", "index",
     }  # fmt: skip
     assert flags(fastcas_command.commands["store"]) >= {
         "--storage-dir", "--chunk-size", "--parity", "--in-place", "--json",
     }  # fmt: skip
     assert flags(fastcas_command.commands["get"]) >= {
         "-o", "--storage-dir", "--peer", "--bootstrap", "--network-key", "--timeout", "--json",
+        "--origin", "--explain", "--max-download",
     }  # fmt: skip
     assert flags(fastcas_command.commands["verify"]) >= {"--repair", "--peer", "--rate", "--subset", "--restart"}
     assert "--json" in flags(fastcas_command.commands["index"])
     assert flags(node_command) == {
         "--workers", "--host", "--port", "--dht-port", "--storage-dir", "--node-id", "--bootstrap", "--peer",
-        "--no-dht", "--announce", "--max-announce", "--network-key", "--admin-port", "--max-upload", "--send-path",
+        "--no-dht", "--announce", "--max-announce", "--network-key", "--admin-port",
+        "--max-download", "--max-upload", "--send-path",
     }  # fmt: skip
 
 
