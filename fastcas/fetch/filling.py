@@ -7,6 +7,7 @@ chunks without asking anybody. Owns the decision to give up.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import time
@@ -35,6 +36,7 @@ TICK_S = 0.25
 LOCAL_BATCH = 16  # chunks checked per visit to a thread
 SLOW_BPS = 4 * limits.KIB
 SLOW_WINDOW_S = 30.0
+OTHERS_S = 1.0  # others who started with us are known by then
 PARITY_AFTER_S = 1.0  # nobody has had a data chunk for so long: parity is asked for
 REPORTS = 20  # of progress per file at least, however fast it comes
 CUTS_MAX = 3  # answers cut short in a row before the peer is banned
@@ -43,6 +45,9 @@ QUIET_S = 1.0  # after so long without a byte, progress says what is waited for
 
 class ManifestConvictedError(ManifestCorrupt):
     """Between this module and `filefetch` only: try another manifest."""
+
+
+TRACE: list = []
 
 
 class Filling:
@@ -70,9 +75,11 @@ class Filling:
         self._job = Job(manifest, part.fd, part.parity_fd)
         self._data = (1 << manifest.n_chunks) - 1
         candidates = sum(1 << index for index in part.candidates)
+        others_until = time.monotonic() + OTHERS_S if settings.data_port and not candidates else -math.inf
         self._scheduler = Scheduler(
-            manifest.n_total, manifest.chunk_size, wanted=self._data & ~candidates, rng=random.Random()
-        )
+            manifest.n_total, manifest.chunk_size, wanted=self._data & ~candidates, rng=random.Random(),
+            others_until=others_until,
+        )  # fmt: skip
         self._scheduler.allowed = chain.allowed()
         self._parity = ParityPlan(manifest) if manifest.n_parity else None
         self._local_parity = 0  # chunk set: parity that lies elsewhere on this machine
@@ -105,6 +112,9 @@ class Filling:
                     self._tick()
             self._ended.result()
         finally:
+            if os.environ.get('FASTCAS_TRACE'):
+                import json
+                open(os.environ['FASTCAS_TRACE'] + str(os.getpid()), 'w').write(json.dumps(TRACE))
             self._receiver.on_batch = crowd.on_have = crowd.on_ban = None
             if self._wake is not None:
                 self._wake.cancel()
@@ -124,6 +134,7 @@ class Filling:
     # --- chunks from peers ---
 
     def _on_have(self, remote: Remote) -> None:
+        TRACE.append((time.monotonic(), 'H', str(remote.addr), remote.have.bit_count(), remote.generation))
         self._scheduler.add_peer(remote.addr)
         self._scheduler.set_have(remote.addr, remote.have, is_seed=remote.is_seed)
         self._pump()
@@ -139,6 +150,7 @@ class Filling:
         manifest = self.manifest
         now = time.monotonic()
         for ask in self._scheduler.decide(now):
+            TRACE.append((time.monotonic(), 'Q', str(ask.peer), ask.index))
             remote = self._crowd.remotes[ask.peer]  # type: ignore[index]
             if ask.index is None:
                 target = next_target(
@@ -172,6 +184,7 @@ class Filling:
         if self._ended.done():
             return
         scheduler, manifest, key, outcome = self._scheduler, self.manifest, remote.addr, answer.outcome
+        TRACE.append((time.monotonic(), 'A', str(key), index, int(outcome), answer.chunk, answer.service_us, self._here.bit_count(), remote.is_seed))
         now = time.monotonic()
         if outcome in (Outcome.OK, Outcome.CORRUPT):
             if index is None:

@@ -116,6 +116,7 @@ class Scheduler:
         wanted: int,
         rng: random.Random,
         memory_max: int = limits.RECEIVE_MEMORY_MAX,
+        others_until: float = -math.inf,
     ) -> None:
         """Start with nobody to ask.
 
@@ -125,6 +126,8 @@ class Scheduler:
             wanted: The chunks to fetch.
             rng: Source of all randomness.
             memory_max: Bytes in flight, all peers together (at least four chunks).
+            others_until: Until then seeds are asked for NEXT even while no leecher is known: those who start with us
+                have not been found yet, and what everybody asks for by name is sent to everybody.
         """
         self.n_chunks = n_chunks
         self.chunk_size = chunk_size
@@ -136,6 +139,7 @@ class Scheduler:
         self.max_in_flight = max(4, memory_max // chunk_size)
         self.n_in_flight = 0
         self.n_leechers = 0
+        self._others_until = others_until
         self._rng = rng
         self._holders: dict[int, int] = {}  # chunk -> requests in flight
         self._levels: list[int] = [self.full]  # _levels[c] = chunks that exactly c partial peers have
@@ -348,6 +352,8 @@ class Scheduler:
             times.append(now + HEDGE_MIN_S)
         if self.n_leechers and self.free:
             times.append(now + NEXT_AGAIN_S)
+        elif now < self._others_until:
+            times.append(self._others_until)
         return min(times, default=None)
 
     def usable_peers(self) -> list[PeerState]:
@@ -401,7 +407,7 @@ class Scheduler:
 
     def _pick(self, peer: PeerState, now: float) -> int | None:
         candidates = peer.have & self.free & self.allowed
-        if candidates and peer.is_seed and self.n_leechers and peer.gives_next:
+        if candidates and peer.is_seed and peer.gives_next and (self.n_leechers or now < self._others_until):
             candidates = self._of_seed(peer, candidates, now)
         if not candidates:
             return None
@@ -425,7 +431,7 @@ class Scheduler:
     def _ask_next(self, ready: list[PeerState], now: float, asks: list[Ask]) -> None:
         """Rule 8 (two more than the formula stands for "as soon as the header arrives") and rule 12's churn."""
         unheld = self.free & self.allowed & self._levels[0]
-        if not self.n_leechers or not unheld:
+        if not unheld or not (self.n_leechers or now < self._others_until):
             return
         seeds = [peer for peer in ready if peer.is_seed and peer.gives_next]
         if not seeds:
