@@ -37,6 +37,10 @@ DISCOVERY_PAUSE_S = 3.0
 CALLERS_PAUSE_S = 0.5
 DISCOVERY_DEADLINE_S = 10.0
 PEERS_MAX = 100
+POLL_MIN_S = 0.1
+POLL_MAX_S = 0.5
+POLL_SEED_S = 0.25
+POLL_PER_PEER_S = 0.016  # so that all peers together are asked some sixty times a second, which costs 2 % of a core
 CLAIM_S = 1.0  # how long one peer may be the only one asked for the manifest
 
 
@@ -239,6 +243,11 @@ class Crowd:
         """See `SwarmListener`."""
         if self._claim is not None and self._claim[0] is remote:
             self._claim = None
+
+    def poll_s(self, remote: Remote) -> float:
+        """See `SwarmListener`: what a seed has is known, so it is only asked for further peers."""
+        crowded = min(POLL_MAX_S, POLL_PER_PEER_S * len(self.remotes))
+        return max(POLL_SEED_S if remote.is_seed else POLL_MIN_S, crowded)
 
     async def pause(self, seconds: float) -> None:
         """See `SwarmListener`."""

@@ -137,7 +137,8 @@ class Filling:
         TRACE.append((time.monotonic(), 'H', str(remote.addr), remote.have.bit_count(), remote.generation))
         self._scheduler.add_peer(remote.addr)
         self._scheduler.set_have(remote.addr, remote.have, is_seed=remote.is_seed)
-        self._pump()
+        if remote.have & self._scheduler.free:
+            self._pump()
 
     def _on_ban(self, remote: Remote) -> None:
         self._scheduler.add_peer(remote.addr)

@@ -334,7 +334,7 @@ class Scheduler:
             if room[id(peer)] <= 0:
                 open_peers.pop(at)
         for peer in idle:
-            if not peer.in_flight and self.n_in_flight < self.max_in_flight:
+            if not peer.in_flight and not peer.n_next and self.n_in_flight < self.max_in_flight:
                 index = self._late_chunk(peer, now)
                 if index is not None:
                     self._take(peer, index, now)
@@ -456,6 +456,8 @@ class Scheduler:
     def _late_chunk(self, peer: PeerState, now: float) -> int | None:
         """A chunk in flight elsewhere that is later than three times its expectation, the latest first."""
         best: tuple[float, int] | None = None
+        # A seed that still gives what nobody has is everybody's bottleneck.
+        patience = NEXT_BY_NAME_S if peer.is_seed and self.n_leechers and peer.nothing_new_at is None else 0.0
         for other in self.peers.values():
             if other is peer or not other.in_flight:
                 continue
@@ -464,7 +466,7 @@ class Scheduler:
             limit = max(HEDGE_MIN_S, HEDGE_FACTOR * expected)
             for index, since in other.in_flight.items():
                 late = now - since - limit
-                if late < 0 or self._holders[index] > 1 or not (peer.have & self.wanted) >> index & 1:
+                if late < patience or self._holders[index] > 1 or not (peer.have & self.wanted) >> index & 1:
                     continue
                 if best is None or late > best[0]:
                     best = (late, index)
