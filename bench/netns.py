@@ -113,8 +113,6 @@ def rate_limited_hosts(rates: Sequence[Rates]) -> Iterator[list[Host]]:
             _run("ip", "-n", host.namespace, "addr", "add", f"{host.ip}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 _run("ip", "-n", host.namespace, "link", "set", device, "up")
-            if os.environ.get("SWCC"):
-                _run("ip", "netns", "exec", host.namespace, "sysctl", "-w", "net.ipv4.tcp_congestion_control=" + os.environ["SWCC"])
             for namespace, device, mbit in ((host.namespace, "eth0", rate.up), (bridge, port, rate.down)):
                 _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", "rate", f"{mbit:g}mbit",
                      "burst", BURST, "latency", QUEUE)  # fmt: skip

@@ -42,7 +42,8 @@ from bench.processes import tree_cpu_s
 from fastcas.node.control_client import AsyncControlClient, ControlClient
 
 ROOT = Path(__file__).resolve().parents[1]
-ENV = os.environ | {"PYTHONPATH": str(ROOT) + ":/tmp/prof"}
+# An installed program has its byte code; without it 68 processes compile the same modules at once.
+ENV = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"PYTHONPATH": str(ROOT)}
 PORT = 9000
 LOOK_S = 0.005
 LIMIT_FACTOR = 8.0  # a run that takes so many bounds is given up
@@ -287,9 +288,6 @@ def run_fastcas(case: Case, folder: Path) -> Run:
             c for i, c in enumerate(cpu) if i - 1 not in fetching.victims
         )
         counters = seed_counters(work / "store0")
-        if os.environ.get("SWTC"):
-            for h in hosts[:3]:
-                print(h.namespace, h.sent_bytes()/case.size, subprocess.run(h.command(["sh", "-c", "tc -s qdisc show dev eth0; nstat -az | grep -E 'RetransSegs|OutSegs'"]), capture_output=True, text=True).stdout)
         for number in set(fetching.ends) - fetching.victims:
             compare(source, fetching.outs[number])
     clock = max(fetching.parts.values())

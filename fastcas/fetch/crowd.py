@@ -219,6 +219,8 @@ class Crowd:
             self.ban(remote, "is this node itself")
             return
         for node_id, addr in answer.peers:
+            if addr in self.remotes:  # nearly always
+                continue
             if self._policy.refusal(addr.ip, addr.port, giver_ip=remote.addr.ip) is None:
                 self._add(addr, "swarm", node_id)
         manifest = self.manifest

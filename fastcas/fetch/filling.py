@@ -47,9 +47,6 @@ class ManifestConvictedError(ManifestCorrupt):
     """Between this module and `filefetch` only: try another manifest."""
 
 
-TRACE: list = []
-
-
 class Filling:
     """The chunks of one manifest on their way into one part file."""
 
@@ -112,9 +109,6 @@ class Filling:
                     self._tick()
             self._ended.result()
         finally:
-            if os.environ.get('FASTCAS_TRACE'):
-                import json
-                open(os.environ['FASTCAS_TRACE'] + str(os.getpid()), 'w').write(json.dumps(TRACE))
             self._receiver.on_batch = crowd.on_have = crowd.on_ban = None
             if self._wake is not None:
                 self._wake.cancel()
@@ -134,7 +128,6 @@ class Filling:
     # --- chunks from peers ---
 
     def _on_have(self, remote: Remote) -> None:
-        TRACE.append((time.monotonic(), 'H', str(remote.addr), remote.have.bit_count(), remote.generation))
         self._scheduler.add_peer(remote.addr)
         self._scheduler.set_have(remote.addr, remote.have, is_seed=remote.is_seed)
         if remote.have & self._scheduler.free:
@@ -151,7 +144,6 @@ class Filling:
         manifest = self.manifest
         now = time.monotonic()
         for ask in self._scheduler.decide(now):
-            TRACE.append((time.monotonic(), 'Q', str(ask.peer), ask.index))
             remote = self._crowd.remotes[ask.peer]  # type: ignore[index]
             if ask.index is None:
                 target = next_target(
@@ -185,7 +177,6 @@ class Filling:
         if self._ended.done():
             return
         scheduler, manifest, key, outcome = self._scheduler, self.manifest, remote.addr, answer.outcome
-        TRACE.append((time.monotonic(), 'A', str(key), index, int(outcome), answer.chunk, answer.service_us, self._here.bit_count(), remote.is_seed))
         now = time.monotonic()
         if outcome in (Outcome.OK, Outcome.CORRUPT):
             if index is None:

@@ -103,6 +103,7 @@ class PeerState:
     window_started: float = 0.0
     window_bytes: int = 0
     delivered_at: float = -math.inf
+    depth: int = 0  # requests in flight that its rate and round trip ask for
 
 
 class Scheduler:
@@ -250,6 +251,7 @@ class Scheduler:
             sample = peer.window_bytes / elapsed
             peer.rate_Bps = max(sample, 0.5 * (peer.rate_Bps + sample))  # rises at once, falls slowly
             peer.window_started, peer.window_bytes = now, 0
+        peer.depth = math.ceil(peer.rate_Bps * (peer.rtt_s + TURNAROUND_S) * 2 / self.chunk_size)
 
     def busy(self, key: Hashable, index: int | None, now: float) -> None:
         """The peer has no upload slot: the chunk is free again, the peer rests for 50 ms."""
@@ -317,28 +319,26 @@ class Scheduler:
             return asks
         self._ask_next(ready, now, asks)
         floor = self._floor()
-        room = {id(peer): self._window(peer, floor) - len(peer.in_flight) for peer in ready}
-        open_peers = [peer for peer in ready if room[id(peer)] > 0]
+        room = [self._window(peer, floor) - len(peer.in_flight) for peer in ready]
+        open_peers = [at for at, n in enumerate(room) if n > 0]
         idle: list[PeerState] = []
         while open_peers and self.n_in_flight < self.max_in_flight:
-            at = self._rng.randrange(len(open_peers)) if len(open_peers) > 1 else 0
-            peer = open_peers[at]
+            at = int(self._rng.random() * len(open_peers))
+            number = open_peers[at]
+            peer = ready[number]
             index = self._pick(peer, now)
             if index is None:
                 open_peers.pop(at)
-                idle.append(peer)
+                if not peer.in_flight and not peer.n_next:
+                    idle.append(peer)
                 continue
             self._take(peer, index, now)
             asks.append(Ask(peer.key, index))
-            room[id(peer)] -= 1
-            if room[id(peer)] <= 0:
+            room[number] -= 1
+            if room[number] <= 0:
                 open_peers.pop(at)
-        for peer in idle:
-            if not peer.in_flight and not peer.n_next and self.n_in_flight < self.max_in_flight:
-                index = self._late_chunk(peer, now)
-                if index is not None:
-                    self._take(peer, index, now)
-                    asks.append(Ask(peer.key, index))
+        if idle and self.n_in_flight:
+            self._hedge(idle, now, asks)
         return asks
 
     def wake_at(self, now: float) -> float | None:
@@ -381,8 +381,7 @@ class Scheduler:
         return 2 if self.n_leechers else 4
 
     def _window(self, peer: PeerState, floor: int) -> int:
-        delay = peer.rtt_s + TURNAROUND_S
-        return min(WINDOW_MAX, max(floor, math.ceil(peer.rate_Bps * delay * 2 / self.chunk_size)))
+        return min(WINDOW_MAX, max(floor, peer.depth))
 
     def _take(self, peer: PeerState, index: int, now: float) -> None:
         if index in peer.in_flight:
@@ -453,24 +452,36 @@ class Scheduler:
             asks.append(Ask(peer.key, None))
             want -= 1
 
-    def _late_chunk(self, peer: PeerState, now: float) -> int | None:
-        """A chunk in flight elsewhere that is later than three times its expectation, the latest first."""
-        best: tuple[float, int] | None = None
-        # A seed that still gives what nobody has is everybody's bottleneck.
-        patience = NEXT_BY_NAME_S if peer.is_seed and self.n_leechers and peer.nothing_new_at is None else 0.0
-        for other in self.peers.values():
-            if other is peer or not other.in_flight:
+    def _hedge(self, idle: list[PeerState], now: float, asks: list[Ask]) -> None:
+        """Ask idle peers for what is late elsewhere, the latest first."""
+        late = self._late(now)
+        for peer in idle:
+            if not late or self.n_in_flight >= self.max_in_flight:
+                return
+            # A seed that still gives what nobody has is everybody's bottleneck.
+            gives = peer.is_seed and peer.gives_next and self.n_leechers and peer.nothing_new_at is None
+            patience = NEXT_BY_NAME_S if gives else 0.0
+            for at, (seconds, index, key) in enumerate(late):
+                if seconds >= patience and key != peer.key and (peer.have & self.wanted) >> index & 1:
+                    self._take(peer, index, now)
+                    asks.append(Ask(peer.key, index))
+                    late.pop(at)
+                    break
+
+    def _late(self, now: float) -> list[tuple[float, int, Hashable]]:
+        """Chunks in flight at one peer that are later than three times their expectation: by how much, and where."""
+        late: list[tuple[float, int, Hashable]] = []
+        for peer in self.peers.values():
+            if not peer.in_flight or now - next(iter(peer.in_flight.values())) < HEDGE_MIN_S:  # the oldest comes first
                 continue
-            rate = other.rate_Bps or self._typical_rate()
-            expected = other.rtt_s + len(other.in_flight) * self.chunk_size / rate if rate else HEDGE_MIN_S
+            rate = peer.rate_Bps or self._typical_rate()
+            expected = peer.rtt_s + len(peer.in_flight) * self.chunk_size / rate if rate else HEDGE_MIN_S
             limit = max(HEDGE_MIN_S, HEDGE_FACTOR * expected)
-            for index, since in other.in_flight.items():
-                late = now - since - limit
-                if late < patience or self._holders[index] > 1 or not (peer.have & self.wanted) >> index & 1:
-                    continue
-                if best is None or late > best[0]:
-                    best = (late, index)
-        return best[1] if best else None
+            for index, since in peer.in_flight.items():
+                if now - since >= limit and self._holders[index] == 1:
+                    late.append((now - since - limit, index, peer.key))
+        late.sort(key=lambda entry: entry[0], reverse=True)
+        return late
 
     def _typical_rate(self) -> float:
         rates = sorted(peer.rate_Bps for peer in self.peers.values() if peer.rate_Bps)
