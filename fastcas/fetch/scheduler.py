@@ -99,7 +99,8 @@ class PeerState:
     n_next: int = 0
     n_chosen: int = 0
     n_stale: int = 0
-    nothing_new_at: float | None = None
+    nothing_new_at: float | None = None  # the first 204 since it last chose a chunk
+    next_refused_at: float = -math.inf  # the last one
     window_started: float = 0.0
     window_bytes: int = 0
     delivered_at: float = -math.inf
@@ -212,6 +213,7 @@ class Scheduler:
         peer = self.peers[key]
         peer.n_next = max(0, peer.n_next - 1)
         peer.n_chosen += 1
+        peer.nothing_new_at = None
         if not self.free >> index & 1:
             peer.n_stale += 1
             if peer.n_stale >= STALE_MIN and peer.n_stale * STALE_SHARE > peer.n_chosen:
@@ -251,7 +253,8 @@ class Scheduler:
             sample = peer.window_bytes / elapsed
             peer.rate_Bps = max(sample, 0.5 * (peer.rate_Bps + sample))  # rises at once, falls slowly
             peer.window_started, peer.window_bytes = now, 0
-        peer.depth = math.ceil(peer.rate_Bps * (peer.rtt_s + TURNAROUND_S) * 2 / self.chunk_size)
+        depth = math.ceil(peer.rate_Bps * (peer.rtt_s + TURNAROUND_S) * 2 / self.chunk_size)
+        peer.depth = min(WINDOW_MAX, depth)
 
     def busy(self, key: Hashable, index: int | None, now: float) -> None:
         """The peer has no upload slot: the chunk is free again, the peer rests for 50 ms."""
@@ -269,7 +272,9 @@ class Scheduler:
         """A seed answered NEXT with 204."""
         peer = self.peers[key]
         peer.n_next = max(0, peer.n_next - 1)
-        peer.nothing_new_at = now
+        peer.next_refused_at = now
+        if peer.nothing_new_at is None:
+            peer.nothing_new_at = now
 
     def no_next(self, key: Hashable) -> None:
         """A seed does not know NEXT: an ordinary peer from now on."""
@@ -319,9 +324,16 @@ class Scheduler:
             return asks
         self._ask_next(ready, now, asks)
         floor = self._floor()
-        room = [self._window(peer, floor) - len(peer.in_flight) for peer in ready]
-        open_peers = [at for at, n in enumerate(room) if n > 0]
+        room = [(floor if floor > peer.depth else peer.depth) - len(peer.in_flight) for peer in ready]
+        open_peers: list[int] = []
         idle: list[PeerState] = []
+        free = self.free & self.allowed
+        for at, peer in enumerate(ready):
+            if peer.have & free:
+                if room[at] > 0:
+                    open_peers.append(at)
+            elif not peer.in_flight and not peer.n_next:
+                idle.append(peer)
         while open_peers and self.n_in_flight < self.max_in_flight:
             at = int(self._rng.random() * len(open_peers))
             number = open_peers[at]
@@ -380,9 +392,6 @@ class Scheduler:
             return 1
         return 2 if self.n_leechers else 4
 
-    def _window(self, peer: PeerState, floor: int) -> int:
-        return min(WINDOW_MAX, max(floor, peer.depth))
-
     def _take(self, peer: PeerState, index: int, now: float) -> None:
         if index in peer.in_flight:
             return
@@ -436,14 +445,14 @@ class Scheduler:
         if not seeds:
             return
         least = math.ceil(4 / (self.n_leechers + 1)) + 1
-        most = {id(peer): self._window(peer, 2) for peer in seeds}
+        most = {id(peer): max(2, peer.depth) for peer in seeds}
         want = max(least, *most.values()) - sum(peer.n_next for peer in seeds)
         while want > 0:
             able = [
                 peer
                 for peer in seeds
                 if peer.n_next < most[id(peer)]
-                and (peer.nothing_new_at is None or (peer.n_next == 0 and now - peer.nothing_new_at >= NEXT_AGAIN_S))
+                and (peer.nothing_new_at is None or (peer.n_next == 0 and now - peer.next_refused_at >= NEXT_AGAIN_S))
             ]
             if not able:
                 return

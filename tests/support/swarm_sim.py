@@ -177,7 +177,9 @@ class Simulation:
                 self.at(self.now + self.swarm.rtt_s, self._lose, other, host)
         if self.swarm.replaced:
             fresh = self._join(host.up / MBIT)
-            living = [h for h in self.rng.sample(self.leechers[:-1], min(4 * KNOWN_SOME, len(self.leechers) - 1)) if h.alive]
+            living = [
+                h for h in self.rng.sample(self.leechers[:-1], min(4 * KNOWN_SOME, len(self.leechers) - 1)) if h.alive
+            ]
             self._introduce(fresh, living[: 2 * KNOWN_SOME])
 
     def _lose(self, host: _Host, gone: _Host) -> None:
