@@ -10,7 +10,7 @@ C_FILES := $(shell find csrc -name '*.c')
 C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
 .PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean parity-patterns
-.PHONY: evil-peers kill-points dht-hostile dht-real dht-attacks dht-churn bench-dht
+.PHONY: evil-peers kill-points dht-hostile dht-real dht-attacks dht-churn bench-dht bench-swarm swarm-sim
 
 build: $(STAMP)
 
@@ -90,6 +90,15 @@ bench: bench-tools
 # Every target of discovery in one table, about four minutes; the long campaigns are dht-hostile, dht-churn, dht-attacks
 bench-dht: build
 	$(PY) -m bench.dht
+
+# Swarms of real nodes in rate-limited network namespaces, beside libtorrent; root only, about five minutes
+bench-swarm: bench-tools
+	$(PY) -m bench.swarm
+
+# 1,000 and 10,000 leechers in virtual time, alike and with slow uplinks and churn; about four minutes, 250 MiB
+swarm-sim: build
+	$(PY) -m tests.support.swarm_sim --chunks 64 100 1000
+	$(PY) -m tests.support.swarm_sim --chunks 8 10000
 
 bench-kernels: bench-tools
 	$(PY) -m bench.kernels

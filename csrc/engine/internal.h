@@ -177,8 +177,8 @@ struct fcas_engine {
     fcas_conn *queue_head, *queue_tail;
     uint64_t queue_bytes;   /* as they count */
     double   uplink;        /* bytes per second, 0 = not known */
-    int64_t  window_ns;     /* since when a slot has been in use */
-    uint64_t window_bytes;  /* bytes sent at that time */
+    int64_t  window_ns;     /* when the window begins or began */
+    uint64_t window_bytes;  /* bytes sent at that time, 0 = it has not begun */
     uint64_t bytes_sent;    /* body bytes before those in delta */
     int      limit_sleeps;  /* the bucket was empty: until the timer fires */
     /* table and epochs (epoch.c) */

@@ -9,17 +9,21 @@
  * Bytes of a connection that could not be written to for so long count for at most WAIT_S of what it took, now and in
  * its next turn: a slow receiver makes nobody busy. Those of a connection that waits for us count in full. The uplink's rate
  * is measured over windows in which a slot was in use all the time, and falls slowly when there are none that reach it;
- * it begins with the upload limit's rate, and without a limit nobody is refused until it is known.
+ * what is written in the first FILL_NS after a pause says how much the kernel holds, not how fast it sends, and does not
+ * count. It begins with the upload limit's rate, and without a limit nobody is refused until it is known.
  */
+#include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 
 #include "engine/internal.h"
 
 #define WAIT_S         0.1
 #define WINDOW_NS      200000000ll
-#define UPLINK_KEPT    0.98  /* per window */
+#define FILL_NS        200000000ll
+#define UPLINK_KEPT    0.95  /* per window: a rate that was too high is halved in 3 s */
 #define UNSENT_MAX     65536 /* what the kernel may hold unsent for a peer elsewhere: waiting is to be seen by us */
 
 /* ---- what waits ---- */
@@ -47,6 +51,9 @@ static uint64_t waiting_bytes(const fcas_engine *e)
     for (uint32_t i = 0; i < e->n_holders; i++) {
         const fcas_conn *c = e->holders[i];
         uint64_t         left = c->state == CONN_SENDING ? c->body_left + (c->mem_len - c->mem_at) : c->asked;
+        int              in_kernel = 0;
+        if (!c->local && ioctl(c->fd, SIOCOUTQ, &in_kernel) == 0 && in_kernel > 0)
+            left += (uint32_t)in_kernel; /* a thin uplink's queue is there, not here */
         sum += counted(left, is_unwritable(e, c) ? taking(e, c) : c->took);
     }
     return sum;
@@ -86,8 +93,8 @@ static void enter_queue(fcas_engine *e, fcas_conn *c)
 static void hold(fcas_engine *e, fcas_conn *c)
 {
     if (e->n_holders == 0) {
-        e->window_ns = e->now_ns;
-        e->window_bytes = e->bytes_sent + e->delta[FCAS_CTR_BYTES_SENT];
+        e->window_ns = e->now_ns + FILL_NS;
+        e->window_bytes = 0;
     }
     e->holders[e->n_holders++] = c;
     c->slot = (uint8_t)e->n_holders;
@@ -155,9 +162,13 @@ int fcas_slot_admit(fcas_engine *e, fcas_conn *c, uint32_t bytes, int may_refuse
 
 static void measure(fcas_engine *e)
 {
+    uint64_t sent = e->bytes_sent + e->delta[FCAS_CTR_BYTES_SENT];
+    if (!e->window_bytes && e->now_ns >= e->window_ns) { /* the window begins */
+        e->window_ns = e->now_ns;
+        e->window_bytes = sent;
+    }
     if (e->now_ns - e->window_ns < WINDOW_NS)
         return;
-    uint64_t sent = e->bytes_sent + e->delta[FCAS_CTR_BYTES_SENT];
     double   rate = (double)(sent - e->window_bytes) * 1e9 / (double)(e->now_ns - e->window_ns);
     e->uplink = rate > e->uplink * UPLINK_KEPT ? rate : e->uplink * UPLINK_KEPT;
     if (e->config.bucket && e->uplink > (double)e->config.bucket->rate)

@@ -38,6 +38,10 @@ CALLERS_PAUSE_S = 0.5
 DISCOVERY_DEADLINE_S = 10.0
 PEERS_MAX = 100
 MANIFESTS_AT_ONCE = 4  # that are fetched at the same time: each may take MANIFEST_SIZE_MAX of memory
+POLL_MIN_S = 0.1
+POLL_MAX_S = 0.5
+POLL_SEED_S = 0.25
+POLL_PER_PEER_S = 0.016  # so that all peers together are asked some sixty times a second, which costs 2 % of a core
 CLAIM_S = 1.0  # how long one peer may be the only one asked for the manifest
 
 
@@ -229,6 +233,8 @@ class Crowd:
             self.ban(remote, "is this node itself")
             return
         for node_id, addr in answer.peers:
+            if addr in self.remotes:  # nearly always
+                continue
             if self._policy.refusal(addr.ip, addr.port, giver_ip=remote.addr.ip) is None:
                 self._add(addr, "swarm", node_id)
         manifest = self.manifest
@@ -254,6 +260,11 @@ class Crowd:
         self._ended_fetch(remote)
         if self._claim is not None and self._claim[0] is remote:
             self._claim = None
+
+    def poll_s(self, remote: Remote) -> float:
+        """See `SwarmListener`: what a seed has is known, so it is only asked for further peers."""
+        crowded = min(POLL_MAX_S, POLL_PER_PEER_S * len(self.remotes))
+        return max(POLL_SEED_S if remote.is_seed else POLL_MIN_S, crowded)
 
     async def pause(self, seconds: float) -> None:
         """See `SwarmListener`."""

@@ -7,6 +7,7 @@ chunks without asking anybody. Owns the decision to give up.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import time
@@ -37,6 +38,7 @@ TICK_S = 0.25
 LOCAL_BATCH = 16  # chunks checked per visit to a thread
 SLOW_BPS = 4 * limits.KIB
 SLOW_WINDOW_S = 30.0
+OTHERS_S = 1.0  # others who started with us are known by then
 PARITY_AFTER_S = 1.0  # nobody has had a data chunk for so long: parity is asked for
 REPORTS = 20  # of progress per file at least, however fast it comes
 CUTS_MAX = 3  # answers cut short in a row before the peer is banned
@@ -77,9 +79,11 @@ class Filling:
         self._job = Job(manifest, part.fd, part.parity_fd)
         self._data = (1 << manifest.n_chunks) - 1
         candidates = to_set(part.candidates, manifest.n_chunks)
+        others_until = time.monotonic() + OTHERS_S if settings.data_port and not candidates else -math.inf
         self._scheduler = Scheduler(
-            manifest.n_total, manifest.chunk_size, wanted=self._data & ~candidates, rng=random.Random()
-        )
+            manifest.n_total, manifest.chunk_size, wanted=self._data & ~candidates, rng=random.Random(),
+            others_until=others_until,
+        )  # fmt: skip
         self._scheduler.allowed = chain.allowed()
         self._meter = meter
         self._pace = settings.pace
@@ -148,7 +152,9 @@ class Filling:
         if remote.came_back:
             remote.came_back = False
             self._scheduler.came_back(remote.addr)
-        self._pump()
+            self._pump()
+        elif remote.have & self._scheduler.free:
+            self._pump()
 
     def _on_ban(self, remote: Remote) -> None:
         self._scheduler.add_peer(remote.addr)

@@ -26,7 +26,6 @@ __all__ = ["Remote", "SwarmListener"]
 DATA_CONNECTIONS = CONNECTIONS_PER_PEER - 1  # the control connection is the fourth
 REQUESTS_PER_CONNECTION = 4  # more in flight open another connection
 POLL_PARTIAL_S = 0.1
-POLL_SEED_S = 0.25
 WAIT_MS = 2000
 ABSENT_S = 2.0  # until a peer that does not have the file is asked again
 FAILURE_MIN_S = 0.5
@@ -58,6 +57,9 @@ class SwarmListener(Protocol):
 
     def on_silence(self, remote: Remote) -> None:
         """A peer cannot be reached at the moment."""
+
+    def poll_s(self, remote: Remote) -> float:
+        """Return how long to wait before a peer is asked again what it has, seconds."""
 
     async def pause(self, seconds: float) -> None:
         """Wait, but not beyond the moment in which a manifest becomes known."""
@@ -239,7 +241,7 @@ class Remote:
         listener.on_swarm(self, answer)
         if known is None:
             return await self._obtain_manifest(listener, answer)
-        return (POLL_SEED_S if self.is_seed else POLL_PARTIAL_S) * (0.75 + 0.5 * rng.random())
+        return listener.poll_s(self) * (0.75 + 0.5 * rng.random())
 
     async def _obtain_manifest(self, listener: SwarmListener, answer: SwarmAnswer) -> float:
         wanted = listener.manifest_to_ask(self, answer.manifests)

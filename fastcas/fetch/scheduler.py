@@ -110,11 +110,13 @@ class PeerState:
     n_next: int = 0
     n_chosen: int = 0
     n_stale: int = 0
-    nothing_new_at: float | None = None
+    nothing_new_at: float | None = None  # the first 204 since it last chose a chunk
+    next_refused_at: float = -math.inf  # the last one
     next_since: float = 0.0
     window_started: float = 0.0
     window_bytes: int = 0
     delivered_at: float = -math.inf
+    depth: int = 0  # requests in flight that its rate and round trip ask for
 
 
 class Scheduler:
@@ -128,6 +130,7 @@ class Scheduler:
         wanted: int,
         rng: random.Random,
         memory_max: int = limits.RECEIVE_MEMORY_MAX,
+        others_until: float = -math.inf,
     ) -> None:
         """Start with nobody to ask.
 
@@ -140,6 +143,8 @@ class Scheduler:
             wanted: The chunks to fetch.
             rng: Source of all randomness.
             memory_max: Bytes in flight, all peers together (at least four chunks).
+            others_until: Until then seeds are asked for NEXT even while no leecher is known: those who start with us
+                have not been found yet, and what everybody asks for by name is sent to everybody.
         """
         self.n_chunks = n_chunks
         self.chunk_size = chunk_size
@@ -153,6 +158,7 @@ class Scheduler:
         self.n_leechers = 0
         self.stand_in: Callable[[int, int], int | None] | None = None
         self._stood_in: dict[int, float] = {}  # late chunk -> until when its stand-in is waited for
+        self._others_until = others_until
         self._rng = rng
         self._holders: dict[int, int] = {}  # chunk -> requests in flight
         self._levels: list[int] = [self.full]  # _levels[c] = chunks that exactly c partial peers have
@@ -225,6 +231,7 @@ class Scheduler:
         peer.n_next = max(0, peer.n_next - 1)
         peer.next_since = now
         peer.n_chosen += 1
+        peer.nothing_new_at = None
         if not self.free >> index & 1:
             peer.n_stale += 1
             if peer.n_stale >= STALE_MIN and peer.n_stale * STALE_SHARE > peer.n_chosen:
@@ -264,6 +271,8 @@ class Scheduler:
             sample = peer.window_bytes / elapsed
             peer.rate_Bps = max(sample, 0.5 * (peer.rate_Bps + sample))  # rises at once, falls slowly
             peer.window_started, peer.window_bytes = now, 0
+        depth = math.ceil(peer.rate_Bps * (peer.rtt_s + TURNAROUND_S) * 2 / self.chunk_size)
+        peer.depth = min(WINDOW_MAX, depth)
 
     def busy(self, key: Hashable, index: int | None, now: float) -> None:
         """The peer has no upload slot: the chunk is free again, the peer rests for 50 ms."""
@@ -281,7 +290,9 @@ class Scheduler:
         """A seed answered NEXT with 204."""
         peer = self.peers[key]
         peer.n_next = max(0, peer.n_next - 1)
-        peer.next_since = peer.nothing_new_at = now
+        peer.next_since = peer.next_refused_at = now
+        if peer.nothing_new_at is None:
+            peer.nothing_new_at = now
 
     def no_next(self, key: Hashable) -> None:
         """A seed does not know NEXT: an ordinary peer from now on."""
@@ -338,32 +349,33 @@ class Scheduler:
             return asks
         self._ask_next(ready, now, asks)
         floor = self._floor()
-        room = {id(peer): self._window(peer, floor) - len(peer.in_flight) for peer in ready}
-        open_peers = [peer for peer in ready if room[id(peer)] > 0]
+        room = [(floor if floor > peer.depth else peer.depth) - len(peer.in_flight) for peer in ready]
+        open_peers: list[int] = []
         idle: list[PeerState] = []
+        free = self.free & self.allowed
+        for at, peer in enumerate(ready):
+            if peer.have & free:
+                if room[at] > 0:
+                    open_peers.append(at)
+            elif not peer.in_flight and (not peer.n_next or self._is_silent(peer, now)):
+                idle.append(peer)
         while open_peers and self.n_in_flight < self.max_in_flight:
-            at = self._rng.randrange(len(open_peers)) if len(open_peers) > 1 else 0
-            peer = open_peers[at]
+            at = int(self._rng.random() * len(open_peers))
+            number = open_peers[at]
+            peer = ready[number]
             index = self._pick(peer, now)
             if index is None:
                 open_peers.pop(at)
-                idle.append(peer)
+                if not peer.in_flight and (not peer.n_next or self._is_silent(peer, now)):
+                    idle.append(peer)
                 continue
             self._take(peer, index, now)
             asks.append(Ask(peer.key, index))
-            room[id(peer)] -= 1
-            if room[id(peer)] <= 0:
+            room[number] -= 1
+            if room[number] <= 0:
                 open_peers.pop(at)
-        idle = [peer for peer in idle if not peer.in_flight]
-        late = self._late_chunks(now) if idle else {}
-        if late:
-            idle.sort(key=lambda peer: peer.delivered_at, reverse=True)  # who never delivered may never do
-        for peer in idle:
-            if late and self.n_in_flight < self.max_in_flight:
-                index = self._instead_of_late(peer, late, now)
-                if index is not None:
-                    self._take(peer, index, now)
-                    asks.append(Ask(peer.key, index))
+        if self.n_in_flight:
+            self._hedge([peer for peer in idle if not peer.in_flight], now, asks)
         return asks
 
     def wake_at(self, now: float) -> float | None:
@@ -377,6 +389,8 @@ class Scheduler:
             times.append(now + HEDGE_MIN_S)
         if self.n_leechers and self.free:
             times.append(now + NEXT_AGAIN_S)
+        elif now < self._others_until:
+            times.append(self._others_until)
         return min(times, default=None)
 
     def usable_peers(self) -> list[PeerState]:
@@ -403,10 +417,6 @@ class Scheduler:
             return 1
         return 2 if self.n_leechers else 4
 
-    def _window(self, peer: PeerState, floor: int) -> int:
-        delay = peer.rtt_s + TURNAROUND_S
-        return min(WINDOW_MAX, max(floor, math.ceil(peer.rate_Bps * delay * 2 / self.chunk_size)))
-
     def _take(self, peer: PeerState, index: int, now: float) -> None:
         if index in peer.in_flight:
             return
@@ -430,7 +440,7 @@ class Scheduler:
 
     def _pick(self, peer: PeerState, now: float) -> int | None:
         candidates = peer.have & self.free & self.allowed
-        if candidates and peer.is_seed and self.n_leechers and peer.gives_next:
+        if candidates and peer.is_seed and peer.gives_next and (self.n_leechers or now < self._others_until):
             candidates = self._of_seed(peer, candidates, now)
         if not candidates:
             return None
@@ -455,13 +465,13 @@ class Scheduler:
     def _ask_next(self, ready: list[PeerState], now: float, asks: list[Ask]) -> None:
         """Rule 8 (two more than the formula stands for "as soon as the header arrives") and rule 12's churn."""
         unheld = self.free & self.allowed & self._levels[0]
-        if not self.n_leechers or not unheld:
+        if not unheld or not (self.n_leechers or now < self._others_until):
             return
         seeds = [peer for peer in ready if peer.is_seed and peer.gives_next]
         if not seeds:
             return
         least = math.ceil(4 / (self.n_leechers + 1)) + 1
-        most = {id(peer): self._window(peer, 2) for peer in seeds}
+        most = {id(peer): max(2, peer.depth) for peer in seeds}
         want = max(least, *most.values()) - sum(peer.n_next for peer in seeds if not self._is_silent(peer, now))
         while want > 0:
             able = [
@@ -469,7 +479,7 @@ class Scheduler:
                 for peer in seeds
                 if peer.n_next < most[id(peer)]
                 and not self._is_silent(peer, now)
-                and (peer.nothing_new_at is None or (peer.n_next == 0 and now - peer.nothing_new_at >= NEXT_AGAIN_S))
+                and (peer.nothing_new_at is None or (peer.n_next == 0 and now - peer.next_refused_at >= NEXT_AGAIN_S))
             ]
             if not able:
                 return
@@ -484,14 +494,32 @@ class Scheduler:
         """Whether a seed that was asked to choose has not done so for long."""
         return peer.n_next > 0 and now - peer.next_since >= NEXT_BY_NAME_S
 
+    def _hedge(self, idle: list[PeerState], now: float, asks: list[Ask]) -> None:
+        """Ask idle peers for what is late elsewhere, the latest first."""
+        late = self._late_chunks(now) if idle else {}
+        if not late:
+            return
+        idle.sort(key=lambda peer: peer.delivered_at, reverse=True)  # who never delivered may never do
+        for peer in idle:
+            if not late or self.n_in_flight >= self.max_in_flight:
+                return
+            # A seed that still gives what nobody has is everybody's bottleneck.
+            gives = peer.is_seed and peer.gives_next and self.n_leechers and peer.nothing_new_at is None
+            patience_s = NEXT_BY_NAME_S if gives and not self._is_silent(peer, now) else 0.0
+            index = self._instead_of_late(peer, late, patience_s, now)
+            if index is not None:
+                self._take(peer, index, now)
+                asks.append(Ask(peer.key, index))
+
     def _late_chunks(self, now: float) -> dict[int, float]:
         """Chunks whose every request is later than three times its expectation: by how much the latest one is."""
         late: dict[int, float] = {}
         in_time: set[int] = set()
+        busy = [peer for peer in self.peers.values() if peer.in_flight]
+        if all(now - next(iter(peer.in_flight.values())) < HEDGE_MIN_S for peer in busy):  # the oldest comes first
+            return late
         typical = self._typical_rate()
-        for peer in self.peers.values():
-            if not peer.in_flight:
-                continue
+        for peer in busy:
             rate = peer.rate_Bps or typical
             expected = peer.rtt_s + len(peer.in_flight) * self.chunk_size / rate if rate else HEDGE_MIN_S
             limit = max(HEDGE_MIN_S, HEDGE_FACTOR * expected)
@@ -505,9 +533,11 @@ class Scheduler:
             late.pop(index, None)
         return late
 
-    def _instead_of_late(self, peer: PeerState, late: dict[int, float], now: float) -> int | None:
+    def _instead_of_late(self, peer: PeerState, late: dict[int, float], patience_s: float, now: float) -> int | None:
         """The latest chunk that a peer has, or what stands in for one; it is taken out of `late`."""
         for index in sorted(late, key=late.__getitem__, reverse=True):
+            if late[index] < patience_s:
+                return None
             if self.stand_in is not None and (other := self.stand_in(index, peer.have)) is not None:
                 self._stood_in[index] = now + STAND_IN_S
                 del late[index]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -93,10 +94,15 @@ def _peers(value: Any) -> tuple[tuple[str | None, PeerAddr], ...]:
         node_id, ip, port = entry
         if not isinstance(ip, str) or len(ip) > 45:
             raise ValueError("peer address")
-        address = str(ipaddress.ip_address(ip))
         known = node_id if isinstance(node_id, str) and _NODE_ID.fullmatch(node_id) else None
-        out.append((known, PeerAddr(address, 1 + _number(port - 1, 65535))))
+        out.append((known, _address(ip, 1 + _number(port - 1, 65535))))
     return tuple(out)
+
+
+@lru_cache(maxsize=4096)
+def _address(ip: str, port: int) -> PeerAddr:
+    """Everybody names the same few addresses again and again. Raises: ValueError: Not a literal address."""
+    return PeerAddr(str(ipaddress.ip_address(ip)), port)
 
 
 def parse_swarm(body: bytes, n_total: int | None) -> SwarmAnswer:

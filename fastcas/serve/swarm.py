@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import struct
 import time
@@ -38,6 +39,7 @@ _SHAPE = struct.Struct("<8sBBBBIQII32s")  # a manifest's header, fastcas/metadat
 _HASH_BATCH = 4096  # chunk hashes per read of a manifest
 _COMPLETE_TTL_S = 1.0  # a complete file's bitfield is computed at most this often
 _CALLERS_MAX = 4096
+_PEERS_NEWS_S = 5.0  # so long after the list changed, answers with `since` hold it, too
 _NEW_BYTES = 3  # what one entry of `new` takes, about; a bitfield is sent instead where that is shorter
 
 
@@ -104,6 +106,7 @@ class SwarmService:
         self._clock = clock
         self._logs: dict[bytes, HaveLog] = {}  # by manifest hash
         self._swarm: dict[bytes, SwarmEntry] = {}
+        self._peers_changed: dict[bytes, float] = {}
         self._waiting: dict[int, _Waiting] = {}
         self._poll: asyncio.TimerHandle | None = None
         self._takers = Takers(board, clock) if board is not None else None
@@ -133,6 +136,13 @@ class SwarmService:
 
     def set_swarm(self, swarm: dict[bytes, SwarmEntry]) -> None:
         """Name these peers and manifests from now on."""
+        now = self._clock()
+        self._peers_changed = {
+            file_hash: now
+            if file_hash not in self._swarm or self._swarm[file_hash]["peers"] != entry["peers"]
+            else self._peers_changed.get(file_hash, now)
+            for file_hash, entry in swarm.items()
+        }
         self._swarm = swarm
         if self._takers is not None:
             self._takers.set_swarm(swarm)
@@ -292,9 +302,11 @@ class SwarmService:
             "v": 1,
             "node_id": self._node_id,
             "manifests": manifests,
-            "peers": entry["peers"][:SWARM_PEERS_MAX] if entry is not None else [],
             "load": self._engine.statistics()["sending"],
         }
+        # Whoever asks for news had the whole list before; at ten questions a second it would be most of the answer.
+        if query.since is None or self._clock() - self._peers_changed.get(file_hash, -math.inf) < _PEERS_NEWS_S:
+            answer["peers"] = entry["peers"][:SWARM_PEERS_MAX] if entry is not None else []
         wanted = query.manifest_hash
         if wanted is None:
             return answer
