@@ -20,7 +20,7 @@ from fastcas.fetch.download import LocalChunks, Progress, Settings
 from fastcas.fetch.localwork import check_batch
 from fastcas.fetch.partfile import PartFile, storage_error
 from fastcas.fetch.rebuild import ParityPlan
-from fastcas.fetch.receiver import HASH_OK, LINK_OK, Answer, AsyncReceiver, Outcome, describe
+from fastcas.fetch.receiver import HASH_OK, Answer, AsyncReceiver, Outcome, describe
 from fastcas.fetch.remote import Remote
 from fastcas.fetch.scheduler import Ask, Scheduler, lowest_bits
 from fastcas.fetch.swarmview import next_target
@@ -67,7 +67,9 @@ class Filling:
         self._receiver = receiver
         self._tasks = TaskSet(f"file {short(manifest.file_hash)}", self.fail)
         self._part = part
-        self._job = Job(manifest, part.fd, part.parity_fd)
+        self._job = Job(
+            manifest, part.fd, part.parity_fd, direct_fd=part.direct_fd, check_links=chain.is_checked
+        )
         self._data = (1 << manifest.n_chunks) - 1
         candidates = sum(1 << index for index in part.candidates)
         self._scheduler = Scheduler(
@@ -227,9 +229,9 @@ class Filling:
         if index >= self.manifest.n_chunks:
             return
         self._bytes_done += self.manifest.length_of(index)
-        if self.chain.link_holds(index):
+        if self.chain.is_checked and self.chain.link_holds(index):
             self._scheduler.allowed = self.chain.allowed()
-        self._unlisted.append((index, True))
+        self._unlisted.append((index, self.chain.is_checked))
         if self._settings.hooks is not None:
             self._settings.hooks.on_chunk(index)
 
@@ -248,7 +250,7 @@ class Filling:
         trust = self._settings.trust_resume and part.same_boot
         doubtful: list[int] = []
         for index, link_checked in sorted(part.candidates.items()):
-            if trust and link_checked:
+            if trust and (link_checked or not self.chain.is_checked):
                 self.resumed_bytes += manifest.length_of(index)
                 self._chunk_here(index)
             else:
@@ -288,7 +290,7 @@ class Filling:
 
     def _settle(self, index: int, flags: int, where: str) -> int:
         """Count a chunk of this machine if it is right, else fetch it; returns the bytes that count."""
-        if flags & HASH_OK and flags & LINK_OK:
+        if judge(flags, is_data=index < self.manifest.n_chunks) is Verdict.RIGHT:
             self._scheduler.done(index)
             self._chunk_here(index)
             self._after_batch()

@@ -234,13 +234,13 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
         if here is not None:
             return here
     _check_reachable(link, peers, args)
-    hooks = _Finished()
+    hooks = _Finished() if store is not None else None
     async with _dht_client(args, link, is_needed=not peers and not link.peers) as dht:
         result = await download(
             link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s, hooks=hooks,
             progress=relay, raw=raw, force=force,
         )  # fmt: skip
-    if store is not None:
+    if store is not None and hooks is not None:
         for path, manifest, is_proven in hooks.files:
             if is_proven:
                 _remember(store, path, manifest)

@@ -231,7 +231,7 @@ int main(int argc, char **argv)
     fcas_rx *rx;
     const fcas_rx_config config = {
         .n_threads = 2, .memory_max = 3 * CHUNK, .connect_ms = 2000, .first_byte_ms = 150, .stall_ms = 150};
-    if (ftruncate(fd, (off_t)SIZE) != 0 || fcas_rx_job_new(&layout, fd, -1, &job) != FCAS_OK ||
+    if (ftruncate(fd, (off_t)SIZE) != 0 || fcas_rx_job_new(&layout, fd, -1, -1, &job) != FCAS_OK ||
         fcas_rx_new(&config, &rx) != FCAS_OK) {
         return 3;
     }

@@ -149,7 +149,7 @@ int main(int argc, char **argv)
     fcas_rx *rx;
     const fcas_rx_config config = {
         .n_threads = 3, .memory_max = 5 * CHUNK, .connect_ms = 2000, .first_byte_ms = 2000, .stall_ms = 2000};
-    if (fcas_rx_job_new(&layout, fd, -1, &job) != FCAS_OK || fcas_rx_new(&config, &rx) != FCAS_OK) {
+    if (fcas_rx_job_new(&layout, fd, -1, -1, &job) != FCAS_OK || fcas_rx_new(&config, &rx) != FCAS_OK) {
         return 3;
     }
     fcas_rx_conn *conns[CONNS];
