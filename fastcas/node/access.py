@@ -219,8 +219,7 @@ async def _peers(args: dict[str, Any]) -> dict[str, Any]:
 
 async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgress | None) -> dict[str, Any]:
     from fastcas.fetch.download import download
-    from fastcas.node.downloads import ProgressRelay, result_to_map
-    from fastcas.node.export import export
+    from fastcas.node.download_report import ProgressRelay, result_to_map
 
     link = parse_ref(str(args["ref"]))
     peers = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
@@ -230,6 +229,8 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
     folder = Path(os.fsdecode(args["folder"]))
     if store is not None:
+        from fastcas.node.export import export
+
         here = export(store, link, out, folder, raw=raw, force=force, progress=relay.bytes)
         if here is not None:
             return here

@@ -196,7 +196,8 @@ int main(int argc, char **argv)
     }
     unsigned seed = (unsigned)atoi(argv[1]) * 2654435761u | 1u;
     const unsigned rounds = (unsigned)atoi(argv[2]);
-    fcas_rx_layout layout = {.size = SIZE, .chunk_size = CHUNK, .n_chunks = N, .hashes = hashes, .midstates = midstates};
+    fcas_rx_layout layout = {.size = SIZE, .chunk_size = CHUNK, .n_chunks = N, .hashes = hashes, .midstates = midstates,
+                             .check_links = true};
     fcas_sha256 chain;
     fcas_sha256_init(&chain, NULL);
     for (size_t i = 0; i < SIZE; i++) {

@@ -140,7 +140,8 @@ int main(int argc, char **argv)
     pthread_create(&acceptor, NULL, accept_all, (void *)(intptr_t)listener);
 
     const int fd = memfd_create("out", MFD_CLOEXEC);
-    fcas_rx_layout layout = {.size = SIZE, .chunk_size = CHUNK, .n_chunks = N, .hashes = hashes, .midstates = midstates};
+    fcas_rx_layout layout = {.size = SIZE, .chunk_size = CHUNK, .n_chunks = N, .hashes = hashes, .midstates = midstates,
+                             .check_links = true};
     fcas_sha256 whole;
     fcas_sha256_init(&whole, NULL);
     fcas_sha256_update(&whole, content, SIZE);
