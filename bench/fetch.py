@@ -8,8 +8,13 @@ over the turns. Wall time is that of the whole client process, start to end, wit
     libtorrent            seed -> leech, pip install libtorrent
     aria2                 from nginx (one worker, sendfile), --checksum, 4 connections
     curl + sha256sum      from the same nginx
+    curl                  `-o` alone: verifies nothing
 
-    python -m bench.fetch [--size 1G] [--turns 3] [--folder DIR] [--json FILE]
+Then by link: the time from the start of the download in a running interpreter to the first verified chunk (median of
+five), and with --huge the peak memory of one client that fetches a file of that size. Targets are printed with what
+was measured. Ways through the page cache are not fsynced by others; fastcas is.
+
+    python -m bench.fetch [--size 1G] [--turns 3] [--huge 20G] [--folder DIR] [--json FILE]
 """
 
 from __future__ import annotations
@@ -61,6 +66,36 @@ session.remove_torrent(handle)
 """
 
 
+FIRST_CHUNK = r"""
+import asyncio, sys, tempfile, time
+from pathlib import Path
+from fastcas.fetch.download import download
+from fastcas.ids import parse_peer, parse_ref
+
+class Hooks:
+    def on_manifest(self, manifest, part_path): pass
+    def on_finished(self, path, manifest, content_proven): pass
+    def on_tree(self, tree): pass
+    def on_chunk(self, index):
+        self.ms = self.ms or (time.perf_counter() - self.started) * 1e3
+        self.task.cancel()
+
+async def once(link, peer, folder):
+    hooks = Hooks()
+    hooks.ms, hooks.task, hooks.started = 0.0, asyncio.current_task(), time.perf_counter()
+    try:
+        await download(link, Path(folder) / "out", discovery=None, peers=[peer], hooks=hooks)
+    except asyncio.CancelledError:
+        hooks.task.uncancel()
+    return hooks.ms
+
+with tempfile.TemporaryDirectory(dir=sys.argv[3]) as folder:
+    print(asyncio.run(once(parse_ref(sys.argv[1]), parse_peer(sys.argv[2]), folder)))
+"""
+
+FIRST_CHUNK_RUNS = 5
+
+
 @dataclass
 class Way:
     """One way to get the file: how, and which server process answers."""
@@ -72,11 +107,12 @@ class Way:
 
 @dataclass
 class Sample:
-    """One fetch: wall seconds, CPU seconds per GB of both sides."""
+    """One fetch: wall seconds, CPU seconds per GB of both sides, the client's peak memory."""
 
     wall_s: float
     client_s_per_gb: float
     server_s_per_gb: float
+    rss_mib: float
 
 
 def free_port() -> int:
@@ -129,8 +165,8 @@ def make_file(path: Path, size: int) -> str:
 
 
 @contextlib.contextmanager
-def fastcas_ways(source: Path, work: Path) -> Iterator[list[Way]]:
-    """A node with one worker that has the file in place."""
+def fastcas_ways(source: Path, work: Path) -> Iterator[tuple[list[Way], str, int]]:
+    """A node with one worker that has the file in place; also the link and the node's port."""
     fastcas = [sys.executable, "-m", "fastcas"]
     store = work / "store"
     out = subprocess.run(
@@ -149,10 +185,11 @@ def fastcas_ways(source: Path, work: Path) -> Iterator[list[Way]]:
 
     with running(command, work / "node.log") as node:
         wait_port(port)
-        yield [
+        ways = [
             Way("fastcas link", node.pid, get(stored["link"])),
             Way("fastcas hash", node.pid, get(stored["file_hash"])),
         ]
+        yield ways, str(stored["link"]), port
 
 
 @contextlib.contextmanager
@@ -213,7 +250,10 @@ def nginx_ways(source: Path, work: Path, sha256: str) -> Iterator[list[Way]]:
 
     with running(["nginx", "-c", str(config), "-p", str(work)], work / "nginx.log") as nginx:
         wait_port(port)
-        ways = [Way("curl + sha256sum", nginx.pid, curl)]
+        ways = [
+            Way("curl + sha256sum", nginx.pid, curl),
+            Way("curl", nginx.pid, lambda target: curl(target)[:1]),
+        ]
         if shutil.which("aria2c"):
             ways.append(Way("aria2", nginx.pid, aria2))
         yield ways
@@ -230,27 +270,78 @@ def touch_memory(target: Path, size: int) -> None:
     warm.unlink()
 
 
-def measure(way: Way, target: Path, size: int) -> Sample:
+def measure(way: Way, target: Path, size: int, *, warm: bool = True) -> Sample:
     """Fetch once by one way into an empty place."""
     commands = way.get(target)
-    touch_memory(target, size)
+    if warm:
+        touch_memory(target, size)
     server_before = tree_cpu_s(way.server_pid)
     before = os.times()
     started = time.perf_counter()
+    rss = 0
     for command in commands:
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
-        if done.returncode:
-            raise SystemExit(f"bench: {way.name}: exit {done.returncode}: {done.stderr.strip()}")
+        with tempfile.TemporaryFile("w+") as said:
+            client = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env=ENV)
+            _, status, usage = os.wait4(client.pid, 0)
+            client.returncode = os.waitstatus_to_exitcode(status)
+            rss = max(rss, usage.ru_maxrss)
+            if client.returncode:
+                said.seek(0)
+                raise SystemExit(f"bench: {way.name}: exit {client.returncode}: {said.read().strip()}")
     wall = time.perf_counter() - started
     after = os.times()
-    client = after.children_user + after.children_system - before.children_user - before.children_system
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
     server = tree_cpu_s(way.server_pid) - server_before
     found = next(target.with_name(target.name + ".d").iterdir()) if not target.exists() else target
     if found.stat().st_size != size:
         raise SystemExit(f"bench: {way.name}: {found} has {found.stat().st_size} B, expected {size} B")
     shutil.rmtree(target.with_name(target.name + ".d"), ignore_errors=True)
     target.unlink(missing_ok=True)
-    return Sample(wall, client / (size / 1e9), server / (size / 1e9))
+    return Sample(wall, cpu / (size / 1e9), server / (size / 1e9), rss / 1024)
+
+
+def first_chunk_ms(link: str, port: int, folder: Path) -> float:
+    """Median milliseconds from the start of a download to its first verified chunk."""
+    command = [sys.executable, "-c", FIRST_CHUNK, link, f"127.0.0.1:{port}", str(folder)]
+    runs = [
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, env=ENV).stdout for _ in range(FIRST_CHUNK_RUNS)
+    ]
+    return statistics.median(float(out) for out in runs)
+
+
+def huge_rss_mib(size: int, work: Path) -> float:
+    """Peak memory of a client that fetches a sparse file of `size` bytes by link, MiB."""
+    source = work / "huge" / "file.bin"
+    source.parent.mkdir()
+    with source.open("wb") as file:
+        file.truncate(size)
+    with fastcas_ways(source, work / "huge") as (ways, _, _):
+        sample = measure(ways[0], work / "huge-out", size, warm=False)
+    print(f"{size / (1 << 30):.0f} GiB by link: {sample.wall_s:.1f} s, peak {sample.rss_mib:.0f} MiB", flush=True)
+    return sample.rss_mib
+
+
+def verdicts(rows: dict[str, dict[str, float]], first_ms: float, huge_mib: float | None) -> None:
+    """Print each target with what was measured."""
+    link, bare = rows["fastcas link"], rows["fastcas hash"]
+
+    def say(what: str, value: float, target: float, *, at_most: bool = False) -> None:
+        met = value <= target if at_most else value >= target
+        print(f"{what:<52}{value:>8.2f}  {'at most' if at_most else 'at least':<9}{target:>7.2f}  "
+              f"{'met' if met else 'MISSED'}")  # fmt: skip
+
+    print()
+    for name, target in (("libtorrent", 4.0), ("aria2", 5.0), ("curl + sha256sum", 4.0), ("curl", 1.2)):
+        if name in rows:
+            say(f"wall: by link faster than {name} by", rows[name]["wall_s"] / link["wall_s"], target)
+    if "libtorrent" in rows:
+        base = rows["libtorrent"]["client_cpu_s_per_gb"]
+        say("client CPU per GB ÷ libtorrent's, by link", link["client_cpu_s_per_gb"] / base, 0.28, at_most=True)
+        say("client CPU per GB ÷ libtorrent's, by hash", bare["client_cpu_s_per_gb"] / base, 0.4, at_most=True)
+    say("peak memory of the client, MiB", max(link["rss_mib"], bare["rss_mib"]), 128, at_most=True)
+    if huge_mib is not None:
+        say("peak memory of the client, huge file, MiB", huge_mib, 128, at_most=True)
+    say("first verified chunk, ms", first_ms, 50, at_most=True)
 
 
 def report(samples: dict[str, list[Sample]], size: int) -> dict[str, dict[str, float]]:
@@ -261,6 +352,7 @@ def report(samples: dict[str, list[Sample]], size: int) -> dict[str, dict[str, f
             "wall_s": statistics.median(s.wall_s for s in found),
             "client_cpu_s_per_gb": statistics.median(s.client_s_per_gb for s in found),
             "server_cpu_s_per_gb": statistics.median(s.server_s_per_gb for s in found),
+            "rss_mib": max(s.rss_mib for s in found),
         }
     ours = rows["fastcas link"]["wall_s"]
     print(f"\n{'':<18}{'wall s':>8}{'GB/s':>8}{'client CPU-s/GB':>17}{'server CPU-s/GB':>17}{'link is faster by':>19}")
@@ -280,6 +372,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=parse_size, default=1 << 30)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--huge", type=parse_size, default=None, help="peak memory for one file of this size, too")
     parser.add_argument("--folder", type=Path, default=None, help="where to work (default: the temporary folder)")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
@@ -289,7 +382,7 @@ def main() -> None:
         source.parent.mkdir()
         sha256 = make_file(source, options.size)
         with contextlib.ExitStack() as stack:
-            ways = stack.enter_context(fastcas_ways(source, work))
+            ways, link, port = stack.enter_context(fastcas_ways(source, work))
             ways += stack.enter_context(libtorrent_ways(source, work))
             ways += stack.enter_context(nginx_ways(source, work, sha256))
             samples: dict[str, list[Sample]] = {way.name: [] for way in ways}
@@ -299,6 +392,10 @@ def main() -> None:
                     samples[way.name].append(sample)
                     print(f"turn {turn + 1} {way.name:<18} {sample.wall_s:7.2f} s", flush=True)
             rows = report(samples, options.size)
+            first_ms = first_chunk_ms(link, port, work)
+        source.unlink()
+        huge = huge_rss_mib(options.huge, work) if options.huge else None
+        verdicts(rows, first_ms, huge)
         if options.json is not None:
             options.json.write_text(json.dumps({"size": options.size, "turns": options.turns, "rows": rows}, indent=1))
     finally:

@@ -1,4 +1,4 @@
-/* One thread's loop and its connections: dial, send requests, read answers, check and write chunks. */
+/* One thread's loop and its connections: dial, send requests, read answers. What is whole goes to settle.c. */
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -12,8 +12,8 @@
 
 #include "receiver/internal.h"
 
-/* Bytes received and hashed at a time: they stay in the second-level cache between the two. */
-#define SLICE (128u * 1024u)
+/* Bytes received at a time at most. */
+#define SLICE (1024u * 1024u)
 /* A head is read in pieces of this size, so that little of the body has to be moved out of head[]. */
 #define HEAD_READ 1024u
 /* A connection yields to the others after this many bytes. */
@@ -72,8 +72,8 @@ static void close_socket(fcas_rx_conn *c)
     }
 }
 
-/* Take the oldest request off the connection and report it. */
-static void finish(fcas_rx_conn *c, int outcome)
+/* Take the oldest request off the connection: its answer is complete, or there will be none. */
+static fcas_rx_request *take_oldest(fcas_rx_conn *c)
 {
     fcas_rx_request *r = c->first;
     c->first = r->next;
@@ -86,6 +86,13 @@ static void finish(fcas_rx_conn *c, int outcome)
     if (c->first != NULL && c->first->sent) {
         c->first->since_us = now;
     }
+    return r;
+}
+
+/* Take the oldest request off the connection and report it. */
+static void finish(fcas_rx_conn *c, int outcome)
+{
+    fcas_rx_request *r = take_oldest(c);
     if (outcome != FCAS_RX_OK) {
         free(r->body);
         r->body = NULL;
@@ -221,13 +228,11 @@ static void extend_stall(fcas_rx_conn *c)
     c->deadline_us = now_us() + (uint64_t)config_of(c)->stall_ms * 1000u;
 }
 
-/* The oldest request has its whole answer. */
-static void answered(fcas_rx_conn *c, int outcome)
+/* The oldest request has had its whole answer and was taken off: go on with the next. */
+static void go_on(fcas_rx_conn *c)
 {
     const bool closing = c->close_after;
-    drop_body(c);
     c->asked_twice = false;
-    finish(c, outcome);
     c->deadline_us = 0;
     if (closing) {
         close_socket(c);
@@ -239,25 +244,29 @@ static void answered(fcas_rx_conn *c, int outcome)
     }
 }
 
+/* The oldest request has its whole answer. */
+static void answered(fcas_rx_conn *c, int outcome)
+{
+    drop_body(c);
+    finish(c, outcome);
+    go_on(c);
+}
+
+/* A chunk is whole: whether it is right does not matter to its connection, which goes on. */
 static void chunk_complete(fcas_rx_conn *c)
 {
-    fcas_rx_request *r = c->first;
-    r->flags = fcas_rx_check_end(&c->check, r->job, r->index, r->digest);
-    if ((r->flags & FCAS_RX_HASH_OK) == 0) {
-        answered(c, FCAS_RX_CORRUPT);
-        return;
-    }
-    const uint64_t from_ns = fcas_rx_clock_ns();
-    r->sys_errno = fcas_rx_job_write(r->job, r->index, c->buffer->bytes);
-    fcas_rx_spent(&c->owner->write_ns, from_ns);
-    answered(c, r->sys_errno != 0 ? FCAS_RX_WRITE_FAILED : FCAS_RX_OK);
+    fcas_rx_buffer *buffer = c->buffer;
+    c->buffer = NULL;
+    drop_body(c);
+    fcas_rx_settler_add(&c->owner->settler, take_oldest(c), buffer);
+    go_on(c);
 }
 
 static void memory_complete(fcas_rx_conn *c)
 {
     fcas_rx_request *r = c->first;
     if (r->has_hash) {
-        fcas_sha256_final(&c->check.own, r->digest);
+        fcas_sha256_final(&c->hash, r->digest);
         if (memcmp(r->digest, r->hash, 32) != 0) {
             answered(c, FCAS_RX_CORRUPT);
             return;
@@ -309,7 +318,7 @@ static bool expect_body(fcas_rx_conn *c)
             broken(c, FCAS_RX_NO_MEMORY, ENOMEM);
             return false;
         }
-        fcas_sha256_init(&c->check.own, config_of(c)->kernel);
+        fcas_sha256_init(&c->hash, config_of(c)->kernel);
         c->body = BODY_MEMORY;
         return true;
     }
@@ -326,7 +335,6 @@ static bool expect_body(fcas_rx_conn *c)
         refuse(c, FCAS_RX_REFUSE_OTHER_LENGTH);
         return false;
     }
-    fcas_rx_check_begin(&c->check, r->job, r->index);
     c->body = BODY_CHUNK;
     return true;
 }
@@ -373,12 +381,8 @@ static uint8_t *body_at(fcas_rx_conn *c)
 /* n bytes of the body lie at body_at(). */
 static void body_arrived(fcas_rx_conn *c, size_t n)
 {
-    if (c->body == BODY_CHUNK) {
-        const uint64_t from_ns = fcas_rx_clock_ns();
-        fcas_rx_check_feed(&c->check, body_at(c), n);
-        fcas_rx_spent(&c->owner->hash_ns, from_ns);
-    } else if (c->body == BODY_MEMORY && c->first->has_hash) {
-        fcas_sha256_update(&c->check.own, body_at(c), n);
+    if (c->body == BODY_MEMORY && c->first->has_hash) {
+        fcas_sha256_update(&c->hash, body_at(c), n);
     }
     if (c->body != BODY_DISCARD) {
         atomic_fetch_add_explicit(&c->n_received, (uint64_t)n, memory_order_relaxed);
@@ -651,11 +655,17 @@ void *fcas_rx_thread_main(void *argument)
     uint64_t next_tick = now_us() + TICK_MS * 1000u;
     bool running = true;
     while (running) {
-        const int n = epoll_wait(t->epoll_fd, events, 64, t->someone_waits ? WAIT_MS : TICK_MS);
+        const int timeout_ms = t->settler.n_whole > 0 ? 0 : t->someone_waits ? WAIT_MS : TICK_MS;
+        const int n = epoll_wait(t->epoll_fd, events, 64, timeout_ms);
         bool ordered = false;
+        if (n <= 0) {
+            fcas_rx_settle(&t->settler); /* nothing more has arrived that could be checked beside it */
+        }
         for (int i = 0; i < n; i++) {
             if (events[i].data.ptr == NULL) {
                 ordered = true; /* afterwards: a closed connection may have an event in this batch */
+            } else if (events[i].data.ptr == &t->settler) {
+                fcas_rx_settler_written(&t->settler);
             } else {
                 on_event(events[i].data.ptr, events[i].events);
             }

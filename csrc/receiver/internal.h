@@ -1,7 +1,8 @@
-/* What receiver.c, pool.c and conn.c share. */
+/* What receiver.c, conn.c and settle.c share. */
 #ifndef FCAS_RECEIVER_INTERNAL_H
 #define FCAS_RECEIVER_INTERNAL_H
 
+#include <linux/aio_abi.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <time.h>
@@ -28,9 +29,48 @@ void fcas_rx_pool_destroy(fcas_rx_pool *pool);
 fcas_rx_buffer *fcas_rx_pool_get(fcas_rx_pool *pool, size_t size, bool *no_memory);
 void fcas_rx_pool_put(fcas_rx_pool *pool, fcas_rx_buffer *buffer);
 
+/* --- chunks that are complete: checked several at once, written, reported --- */
+
+/* Writes under way per thread: more only wait in the disk's own queue. */
+#define FCAS_RX_WRITES_MAX 64u
+
+typedef struct fcas_rx_write {
+    struct iocb io;
+    fcas_rx_request *request;
+    fcas_rx_buffer *buffer;
+    struct fcas_rx_write *next_free;
+} fcas_rx_write;
+
+typedef struct {
+    fcas_rx *rx;
+    fcas_rx_request *requests[FCAS_RX_TOGETHER]; /* whole, not checked yet */
+    fcas_rx_buffer *buffers[FCAS_RX_TOGETHER];
+    size_t n_whole;
+    bool has_aio;
+    aio_context_t aio;
+    int written_fd; /* eventfd: writes are done */
+    size_t n_writing;
+    fcas_rx_write *free_writes;
+    fcas_rx_write writes[FCAS_RX_WRITES_MAX];
+    _Atomic uint64_t hash_ns, write_ns; /* spent; written by the thread only */
+} fcas_rx_settler;
+
+/* Without asynchronous I/O in this kernel (or none left of it) chunks are written through the page cache.
+ * FCAS_E_SYS: no eventfd. */
+fcas_status fcas_rx_settler_init(fcas_rx_settler *s, fcas_rx *rx);
+/* Wait for the writes under way; what was not checked ends as CANCELLED. */
+void fcas_rx_settler_destroy(fcas_rx_settler *s);
+/* A chunk is whole: take its request (off its connection) and its buffer. Checks all if there are many by now. */
+void fcas_rx_settler_add(fcas_rx_settler *s, fcas_rx_request *request, fcas_rx_buffer *buffer);
+/* Check what is whole, write what is right. */
+void fcas_rx_settle(fcas_rx_settler *s);
+/* written_fd is readable: report the writes that are done. */
+void fcas_rx_settler_written(fcas_rx_settler *s);
+
 /* --- threads --- */
 typedef struct {
     fcas_rx *rx;
+    fcas_rx_settler settler;
     pthread_t thread;
     int epoll_fd;
     int wake_fd;
@@ -41,7 +81,7 @@ typedef struct {
     bool stop;                                 /* under lock */
     fcas_rx_conn *conns;                       /* this thread's only */
     bool someone_waits;                        /* a connection waits for a buffer */
-    _Atomic uint64_t receive_ns, hash_ns, write_ns; /* written by this thread only */
+    _Atomic uint64_t receive_ns;               /* written by this thread only */
 } fcas_rx_thread;
 
 /* Monotonic nanoseconds. */
@@ -98,7 +138,7 @@ struct fcas_rx_conn {
     enum body_kind body;
     uint64_t n_body, at_body;
     fcas_rx_buffer *buffer;          /* BODY_CHUNK */
-    fcas_rx_check check;             /* BODY_CHUNK; .own for BODY_MEMORY with a hash */
+    fcas_sha256 hash;                /* BODY_MEMORY with a hash */
     fcas_rx_response response;
     _Atomic uint64_t n_received;
     char out[OUT_MAX];

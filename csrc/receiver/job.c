@@ -9,7 +9,7 @@
 /* Slice that is hashed between two reads, so that its bytes are still in the cache. */
 #define SLICE (128u * 1024u)
 
-fcas_status fcas_rx_job_new(const fcas_rx_layout *layout, int fd, int parity_fd, fcas_rx_job **out)
+fcas_status fcas_rx_job_new(const fcas_rx_layout *layout, int fd, int direct_fd, int parity_fd, fcas_rx_job **out)
 {
     const size_t n_hashes = 32 * (size_t)layout->n_chunks;
     const size_t n_mid = layout->n_chunks == 0 ? 0 : n_hashes - 32;
@@ -18,7 +18,7 @@ fcas_status fcas_rx_job_new(const fcas_rx_layout *layout, int fd, int parity_fd,
     if (job == NULL) {
         return FCAS_E_NOMEM;
     }
-    job->fd = job->parity_fd = -1;
+    job->fd = job->direct_fd = job->parity_fd = -1;
     job->arrays = malloc(n_hashes + n_mid + n_parity + 1);
     if (job->arrays == NULL) {
         free(job);
@@ -39,10 +39,13 @@ fcas_status fcas_rx_job_new(const fcas_rx_layout *layout, int fd, int parity_fd,
     job->layout.midstates = job->arrays + n_hashes;
     job->layout.parity_hashes = job->arrays + n_hashes + n_mid;
     job->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    if (job->fd >= 0 && direct_fd >= 0) {
+        job->direct_fd = fcntl(direct_fd, F_DUPFD_CLOEXEC, 3);
+    }
     if (job->fd >= 0 && parity_fd >= 0) {
         job->parity_fd = fcntl(parity_fd, F_DUPFD_CLOEXEC, 3);
     }
-    if (job->fd < 0 || (parity_fd >= 0 && job->parity_fd < 0)) {
+    if (job->fd < 0 || (direct_fd >= 0 && job->direct_fd < 0) || (parity_fd >= 0 && job->parity_fd < 0)) {
         const int saved = errno;
         fcas_rx_job_release(job);
         errno = saved;
@@ -64,6 +67,9 @@ void fcas_rx_job_release(fcas_rx_job *job)
     }
     if (job->fd >= 0) {
         close(job->fd);
+    }
+    if (job->direct_fd >= 0) {
+        close(job->direct_fd);
     }
     if (job->parity_fd >= 0) {
         close(job->parity_fd);
@@ -93,7 +99,7 @@ void fcas_rx_check_begin(fcas_rx_check *check, const fcas_rx_job *job, uint32_t 
     const fcas_rx_layout *layout = &job->layout;
     fcas_sha256_init(&check->own, layout->kernel);
     /* With a single chunk both hashes are the same number: the chunk's own is enough. */
-    check->has_link = index < layout->n_chunks && layout->n_chunks > 1;
+    check->has_link = layout->check_links && index < layout->n_chunks && layout->n_chunks > 1;
     if (!check->has_link) {
         return;
     }
@@ -114,19 +120,37 @@ void fcas_rx_check_feed(fcas_rx_check *check, const uint8_t *p, size_t n)
     }
 }
 
+void fcas_rx_check_feed_many(fcas_rx_check *checks, const uint8_t *const *p, const size_t *lengths, size_t n)
+{
+    fcas_sha256 *states[2 * FCAS_RX_TOGETHER];
+    const uint8_t *data[2 * FCAS_RX_TOGETHER];
+    size_t n_bytes[2 * FCAS_RX_TOGETHER];
+    size_t n_states = 0;
+
+    for (size_t i = 0; i < n; i++) {
+        for (int link = 0; link <= checks[i].has_link; link++) {
+            states[n_states] = link ? &checks[i].chain : &checks[i].own;
+            data[n_states] = p[i];
+            n_bytes[n_states++] = lengths[i];
+        }
+    }
+    fcas_sha256_update_many(states, data, n_bytes, n_states);
+}
+
 unsigned fcas_rx_check_end(fcas_rx_check *check, const fcas_rx_job *job, uint32_t index, uint8_t digest[32])
 {
     const fcas_rx_layout *layout = &job->layout;
     const bool is_data = index < layout->n_chunks;
     const uint8_t *want = is_data ? layout->hashes + 32 * (size_t)index
                                   : layout->parity_hashes + 32 * (size_t)(index - layout->n_chunks);
-    unsigned flags = is_data ? FCAS_RX_HAS_LINK : 0;
+    const bool has_link = is_data && (check->has_link || layout->n_chunks == 1);
+    unsigned flags = has_link ? FCAS_RX_HAS_LINK : 0;
 
     fcas_sha256_final(&check->own, digest);
     if (memcmp(digest, want, 32) == 0) {
         flags |= FCAS_RX_HASH_OK;
     }
-    if (!is_data) {
+    if (!has_link) {
         return flags;
     }
     uint8_t after[32];

@@ -23,6 +23,7 @@ typedef struct {
     const uint8_t *midstates;     /* 32 * (n_chunks - 1) */
     const uint8_t *parity_hashes; /* 32 * n_parity */
     uint8_t file_hash[32];
+    bool check_links;    /* of data chunks; without, their own hashes alone count */
     const fcas_sha256_kernel *kernel; /* NULL: the default one */
 } fcas_rx_layout;
 
@@ -30,19 +31,24 @@ typedef struct {
     fcas_rx_layout layout; /* its pointers lead into `arrays` */
     uint8_t *arrays;
     int fd;                /* the part file: data chunk i lies at i * chunk_size */
+    int direct_fd;         /* the part file again, O_DIRECT: whole chunks are written past the page cache; -1: none */
     int parity_fd;         /* parity chunk j lies at j * chunk_size; -1: parity is not fetched */
     atomic_int users;
 } fcas_rx_job;
+
+/* So many chunks keep the streams of every SHA-256 kernel busy. */
+#define FCAS_RX_TOGETHER 16u
 
 /* What a check of a chunk's bytes found. */
 enum {
     FCAS_RX_HASH_OK = 1, /* the bytes' SHA-256 is the listed one */
     FCAS_RX_LINK_OK = 2, /* from the chaining value before it they lead to the one after it */
-    FCAS_RX_HAS_LINK = 4 /* a data chunk: the link was checked at all */
+    FCAS_RX_HAS_LINK = 4 /* the link was checked at all: not of parity, nor if the layout does without */
 };
 
-/* Copy the layout and duplicate the descriptors (parity_fd may be -1). FCAS_E_NOMEM, FCAS_E_SYS with errno. */
-fcas_status fcas_rx_job_new(const fcas_rx_layout *layout, int fd, int parity_fd, fcas_rx_job **out);
+/* Copy the layout and duplicate the descriptors (direct_fd and parity_fd may be -1). FCAS_E_NOMEM, FCAS_E_SYS with
+ * errno. */
+fcas_status fcas_rx_job_new(const fcas_rx_layout *layout, int fd, int direct_fd, int parity_fd, fcas_rx_job **out);
 void fcas_rx_job_hold(fcas_rx_job *job);
 /* The last release frees it. */
 void fcas_rx_job_release(fcas_rx_job *job);
@@ -50,7 +56,7 @@ void fcas_rx_job_release(fcas_rx_job *job);
 /* Bytes of chunk `index` (data first, then parity); 0 when the file has no such chunk. */
 uint32_t fcas_rx_job_length(const fcas_rx_job *job, uint32_t index);
 
-/* An incremental check: begin, feed the chunk's bytes in order, end. */
+/* An incremental check: begin, feed the chunk's bytes in order (or all of several chunks at once), end. */
 typedef struct {
     fcas_sha256 own;
     fcas_sha256 chain;
@@ -58,6 +64,8 @@ typedef struct {
 } fcas_rx_check;
 void fcas_rx_check_begin(fcas_rx_check *check, const fcas_rx_job *job, uint32_t index);
 void fcas_rx_check_feed(fcas_rx_check *check, const uint8_t *p, size_t n);
+/* The whole bytes of n <= FCAS_RX_TOGETHER chunks into checks of one kernel that have just begun. */
+void fcas_rx_check_feed_many(fcas_rx_check *checks, const uint8_t *const *p, const size_t *lengths, size_t n);
 /* FCAS_RX_* bits; digest gets what the bytes really hash to. */
 unsigned fcas_rx_check_end(fcas_rx_check *check, const fcas_rx_job *job, uint32_t index, uint8_t digest[32]);
 

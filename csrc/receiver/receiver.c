@@ -89,7 +89,10 @@ static fcas_status start_thread(fcas_rx *rx, fcas_rx_thread *t)
     t->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     t->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     struct epoll_event event = {.events = EPOLLIN, .data = {.ptr = NULL}};
-    if (t->wake_fd < 0 || t->epoll_fd < 0 || epoll_ctl(t->epoll_fd, EPOLL_CTL_ADD, t->wake_fd, &event) != 0) {
+    struct epoll_event written = {.events = EPOLLIN, .data = {.ptr = &t->settler}};
+    if (fcas_rx_settler_init(&t->settler, rx) != FCAS_OK || t->wake_fd < 0 || t->epoll_fd < 0 ||
+        epoll_ctl(t->epoll_fd, EPOLL_CTL_ADD, t->wake_fd, &event) != 0 ||
+        epoll_ctl(t->epoll_fd, EPOLL_CTL_ADD, t->settler.written_fd, &written) != 0) {
         goto failed;
     }
     pthread_mutex_init(&t->lock, NULL);
@@ -98,13 +101,16 @@ static fcas_status start_thread(fcas_rx *rx, fcas_rx_thread *t)
         return FCAS_OK;
     }
     pthread_mutex_destroy(&t->lock);
-failed:
+failed:;
+    const int saved = errno;
+    fcas_rx_settler_destroy(&t->settler);
     if (t->wake_fd >= 0) {
         close(t->wake_fd);
     }
     if (t->epoll_fd >= 0) {
         close(t->epoll_fd);
     }
+    errno = saved;
     return FCAS_E_SYS;
 }
 
@@ -156,6 +162,7 @@ void fcas_rx_free(fcas_rx *rx)
     }
     for (uint32_t i = 0; i < rx->n_started; i++) {
         pthread_join(rx->threads[i].thread, NULL);
+        fcas_rx_settler_destroy(&rx->threads[i].settler);
         pthread_mutex_destroy(&rx->threads[i].lock);
         close(rx->threads[i].wake_fd);
         close(rx->threads[i].epoll_fd);
@@ -193,8 +200,8 @@ bool fcas_rx_thread_times(const fcas_rx *rx, uint32_t number, fcas_rx_times *out
     }
     const fcas_rx_thread *t = &rx->threads[number];
     out->receive_ns = atomic_load_explicit(&t->receive_ns, memory_order_relaxed);
-    out->hash_ns = atomic_load_explicit(&t->hash_ns, memory_order_relaxed);
-    out->write_ns = atomic_load_explicit(&t->write_ns, memory_order_relaxed);
+    out->hash_ns = atomic_load_explicit(&t->settler.hash_ns, memory_order_relaxed);
+    out->write_ns = atomic_load_explicit(&t->settler.write_ns, memory_order_relaxed);
     return true;
 }
 

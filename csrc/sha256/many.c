@@ -1,4 +1,4 @@
-/* Messages of any lengths over the streams of a kernel: one whose message ends takes the next. */
+/* Messages of any lengths, or runs of blocks under states, over the streams of a kernel: one that ends takes the next. */
 #include <string.h>
 
 #include "sha256/kernels.h"
@@ -20,6 +20,7 @@ typedef struct {
     const size_t *lengths;
     size_t n, next;
     uint8_t *digests;
+    fcas_sha256 *const *states; /* instead of digests: whole blocks are fed to these, and nothing is padded */
 } queue;
 
 static void take_message(lane *l, queue *q)
@@ -32,14 +33,17 @@ static void take_message(lane *l, queue *q)
     l->p = q->messages[l->index];
     l->nblocks = l->length / FCAS_SHA256_BLOCK;
     l->in_tail = 0;
-    memcpy(l->state, fcas_sha256_iv, sizeof l->state);
+    memcpy(l->state, q->states != NULL ? q->states[l->index]->state : fcas_sha256_iv, sizeof l->state);
 }
 
 /* Make blocks available: the tail after the body, the next message after the tail. */
 static void refill(lane *l, queue *q)
 {
     while (!l->is_idle && l->nblocks == 0) {
-        if (l->in_tail) {
+        if (q->states != NULL) {
+            memcpy(q->states[l->index]->state, l->state, sizeof l->state);
+            take_message(l, q);
+        } else if (l->in_tail) {
             fcas_sha256_store_words(q->digests + FCAS_SHA256_DIGEST * l->index, l->state);
             take_message(l, q);
         } else {
@@ -195,24 +199,19 @@ static size_t n_streams(const fcas_sha256_kernel *kernel)
     return kernel->compress_lanes != NULL ? kernel->n_lanes : kernel->n_lanes + 2;
 }
 
-void fcas_sha256_many(const fcas_sha256_kernel *kernel, const uint8_t *const *messages,
-                      const size_t *lengths, size_t n, uint8_t *digests)
+static void run(const fcas_sha256_kernel *kernel, queue *q)
 {
-    queue q = {messages, lengths, n, 0, digests};
     lane lanes[FCAS_SHA256_LANES_MAX];
-
-    if (kernel == NULL)
-        kernel = fcas_sha256_default();
     const size_t n_lanes = n_streams(kernel);
 
     for (size_t i = 0; i < n_lanes; i++)
-        take_message(&lanes[i], &q);
+        take_message(&lanes[i], q);
     for (;;) {
         size_t n_busy = 0;
         const lane *busy = NULL;
 
         for (size_t i = 0; i < n_lanes; i++) {
-            refill(&lanes[i], &q);
+            refill(&lanes[i], q);
             if (!lanes[i].is_idle) {
                 busy = &lanes[i];
                 n_busy++;
@@ -225,6 +224,28 @@ void fcas_sha256_many(const fcas_sha256_kernel *kernel, const uint8_t *const *me
         else if (kernel->compress_lanes != NULL)
             step_wide(kernel, lanes, busy);
         else
-            step_beside(kernel, lanes, n_lanes, q.next == q.n);
+            step_beside(kernel, lanes, n_lanes, q->next == q->n);
+    }
+}
+
+void fcas_sha256_many(const fcas_sha256_kernel *kernel, const uint8_t *const *messages,
+                      const size_t *lengths, size_t n, uint8_t *digests)
+{
+    queue q = {messages, lengths, n, 0, digests, NULL};
+
+    run(kernel != NULL ? kernel : fcas_sha256_default(), &q);
+}
+
+void fcas_sha256_update_many(fcas_sha256 *const *states, const uint8_t *const *data, const size_t *lengths, size_t n)
+{
+    queue q = {data, lengths, n, 0, NULL, states};
+
+    if (n == 0)
+        return;
+    run(states[0]->kernel, &q);
+    for (size_t i = 0; i < n; i++) {
+        const size_t whole = lengths[i] / FCAS_SHA256_BLOCK * FCAS_SHA256_BLOCK;
+        states[i]->length += whole;
+        fcas_sha256_update(states[i], data[i] + whole, lengths[i] - whole);
     }
 }

@@ -81,6 +81,11 @@ void fcas_sha256_update2(fcas_sha256 *a, fcas_sha256 *b, const uint8_t *p, size_
 void fcas_sha256_many(const fcas_sha256_kernel *kernel, const uint8_t *const *messages, const size_t *lengths,
                       size_t n, uint8_t *digests);
 
+/* As n calls of fcas_sha256_update(states[i], data[i], lengths[i]), as many at a time as the kernel has streams. All
+ * states have the same kernel and no buffered bytes (their lengths are multiples of 64), and are distinct; they may
+ * share data. */
+void fcas_sha256_update_many(fcas_sha256 *const *states, const uint8_t *const *data, const size_t *lengths, size_t n);
+
 /* FCAS_OK if the kernel gives the digests of FIPS 180-4's examples and of a 1,000-byte message, through each
  * of its functions and in each of its lanes, else FCAS_E_CORRUPT. Under 1 ms. */
 fcas_status fcas_sha256_self_test(const fcas_sha256_kernel *kernel);

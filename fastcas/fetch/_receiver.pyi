@@ -11,13 +11,18 @@ _Path = str | bytes | os.PathLike[str]
 class Job:
     """One file being fetched: its manifest's arrays and where chunks are written. Copies and duplicates both."""
 
-    def __init__(self, manifest: Manifest, fd: int, parity_fd: int = -1) -> None:
+    def __init__(
+        self, manifest: Manifest, fd: int, parity_fd: int = -1, *, direct_fd: int = -1, check_links: bool = True
+    ) -> None:
         """Bind a manifest to a part file.
 
         Args:
             manifest: At least one chunk.
             fd: The part file; data chunk i is written at i * chunk_size.
             parity_fd: Where parity chunk j goes, at j * chunk_size; -1: none are fetched.
+            direct_fd: The part file opened with O_DIRECT: whole chunks go past the page cache; -1: through it.
+            check_links: Of data chunks, beside their own hashes; half of the hashing. A file's only chunk proves
+                its link in any case.
         Raises:
             OSError: The descriptors cannot be duplicated.
             MemoryError: No memory for the arrays.
@@ -30,7 +35,7 @@ class Job:
             index: Chunk number, data first, then parity.
             fd: File that holds the chunk's bytes at `offset`.
         Returns:
-            Bits: 1 own hash right, 2 link right, 4 the chunk has a link (data); 0 when the file ends early.
+            Bits: 1 own hash right, 2 link right, 4 the link was checked; 0 when the file ends early.
         Raises:
             OSError: The read or the write failed.
         Cost: blocks; one read, one pass over the bytes, one write; without the GIL.

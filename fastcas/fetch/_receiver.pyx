@@ -67,10 +67,11 @@ cdef extern from "receiver/job.h" nogil:
         const uint8_t *midstates
         const uint8_t *parity_hashes
         uint8_t file_hash[32]
+        bint check_links
         const fcas_sha256_kernel *kernel
     ctypedef struct fcas_rx_job:
         pass
-    int fcas_rx_job_new(const fcas_rx_layout *, int, int, fcas_rx_job **)
+    int fcas_rx_job_new(const fcas_rx_layout *, int, int, int, fcas_rx_job **)
     void fcas_rx_job_release(fcas_rx_job *)
     uint32_t fcas_rx_job_length(const fcas_rx_job *, uint32_t)
     int fcas_rx_job_take(const fcas_rx_job *, uint32_t, int, uint64_t, bint, uint8_t *, unsigned *)
@@ -151,7 +152,7 @@ cdef class Job:
     cdef fcas_rx_job *_job
     cdef uint32_t _chunk_size
 
-    def __cinit__(self, manifest, int fd, int parity_fd=-1):
+    def __cinit__(self, manifest, int fd, int parity_fd=-1, *, int direct_fd=-1, bint check_links=True):
         cdef fcas_rx_layout layout
         cdef bytes hashes = manifest.hashes
         cdef bytes midstates = manifest.midstates
@@ -163,6 +164,7 @@ cdef class Job:
         layout.n_chunks = manifest.n_chunks
         layout.n_parity = manifest.n_parity
         layout.kernel = _kernel
+        layout.check_links = check_links
         layout.k = manifest.k
         layout.m = manifest.m
         # Manifest's constructor holds these lengths; they are checked again because C trusts them.
@@ -179,7 +181,7 @@ cdef class Job:
         layout.midstates = midstates
         layout.parity_hashes = parity_hashes
         memcpy(layout.file_hash, <const uint8_t *>file_hash, 32)
-        _check(fcas_rx_job_new(&layout, fd, parity_fd, &self._job), "job")
+        _check(fcas_rx_job_new(&layout, fd, direct_fd, parity_fd, &self._job), "job")
         self._chunk_size = layout.chunk_size
 
     def __dealloc__(self):

@@ -61,7 +61,10 @@ class DownloadHooks(Protocol):
         """Chunk `index` is in the part file, checked against its own hash."""
 
     def on_finished(self, path: Path, manifest: Manifest, content_proven: bool) -> None:
-        """The file is at its place; `content_proven`: every link was checked. Not called for a collection."""
+        """The file is at its place; `content_proven`: every link was checked. Not called for a collection.
+
+        Without hooks, links are not checked where a link names the manifest: nobody asks.
+        """
 
     def on_tree(self, tree: FetchedTree) -> None:
         """A collection's folder is at its place, whole."""

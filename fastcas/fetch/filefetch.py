@@ -27,12 +27,14 @@ from fastcas.fetch.remote import Remote
 from fastcas.fetch.tasks import TaskSet
 from fastcas.fetch.trust import Chain
 from fastcas.ids import Link, PeerAddr, short
+from fastcas.limits import MIB
 from fastcas.metadata import Manifest
 
 __all__ = ["FileFetch"]
 
 NAME_DEADLINE_S = 2.0
 COLLECTION_LINE = b"fastcas-collection 1\n"
+DIRECT_MIN = 64 * MIB  # below, the page cache costs little, and what is fetched is likely read at once
 
 
 class FileFetch:
@@ -156,13 +158,16 @@ class FileFetch:
         assert self._out is not None
         out = self._out
         await asyncio.to_thread(prepare_folder, out.parent)
-        self.part = await asyncio.to_thread(PartFile, out, manifest)
+        is_direct = self.settings.data_port is None and manifest.size >= DIRECT_MIN
+        self.part = await asyncio.to_thread(PartFile, out, manifest, is_direct=is_direct)
         if self.settings.hooks is not None:
             self.settings.hooks.on_manifest(manifest, self.part.path)
         if manifest.n_chunks == 0:
             return True
         trusted = self.link.manifest_hash is not None or giver.source in ("user", "link")
-        chain = Chain(manifest, trusted=trusted)
+        # By link, chunks by themselves are proven; who will serve the file asks for its whole content, too.
+        is_checked = self.link.manifest_hash is None or self.settings.hooks is not None
+        chain = Chain(manifest, trusted=trusted, is_checked=is_checked)
         filling = Filling(manifest, self.part, chain, self.crowd, self.receiver, self.settings, self._meter)
         self._filling = filling
         self._origins = filling.origins

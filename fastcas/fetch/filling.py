@@ -23,7 +23,7 @@ from fastcas.fetch.localwork import check_batch
 from fastcas.fetch.origins import LACKING_S, Origins
 from fastcas.fetch.partfile import PartFile, storage_error
 from fastcas.fetch.rebuild import ParityPlan
-from fastcas.fetch.receiver import HASH_OK, LINK_OK, Answer, AsyncReceiver, Outcome, describe
+from fastcas.fetch.receiver import HASH_OK, Answer, AsyncReceiver, Outcome, describe
 from fastcas.fetch.remote import Remote
 from fastcas.fetch.scheduler import Ask, Scheduler, lowest_bits, to_set
 from fastcas.fetch.swarmview import next_target
@@ -76,7 +76,9 @@ class Filling:
         self._receiver = receiver
         self._tasks = TaskSet(f"file {short(manifest.file_hash)}", self.fail)
         self._part = part
-        self._job = Job(manifest, part.fd, part.parity_fd)
+        self._job = Job(
+            manifest, part.fd, part.parity_fd, direct_fd=part.direct_fd, check_links=chain.is_checked
+        )
         self._data = (1 << manifest.n_chunks) - 1
         candidates = to_set(part.candidates, manifest.n_chunks)
         others_until = time.monotonic() + OTHERS_S if settings.data_port and not candidates else -math.inf
@@ -311,10 +313,10 @@ class Filling:
         if index >= self.manifest.n_chunks:
             return
         self._bytes_done += self.manifest.length_of(index)
-        if self.chain.link_holds(index):
+        if self.chain.is_checked and self.chain.link_holds(index):
             self._scheduler.allowed = self.chain.allowed()
         if not self._part.candidates.get(index):  # else the journal lists it already
-            self._unlisted.append((index, True))
+            self._unlisted.append((index, self.chain.is_checked))
         if self._settings.hooks is not None:
             self._settings.hooks.on_chunk(index)
 
@@ -333,7 +335,7 @@ class Filling:
         trust = self._settings.trust_resume and part.same_boot
         doubtful: list[int] = []
         for index, link_checked in sorted(part.candidates.items()):
-            if trust and link_checked:
+            if trust and (link_checked or not self.chain.is_checked):
                 self.resumed_bytes += manifest.length_of(index)
                 self._chunk_here(index)
             else:
@@ -372,7 +374,7 @@ class Filling:
 
     def _settle(self, index: int, flags: int, where: str) -> int:
         """Count a chunk of this machine if it is right, else fetch it; returns the bytes that count."""
-        if flags & HASH_OK and flags & LINK_OK:
+        if judge(flags, is_data=index < self.manifest.n_chunks) is Verdict.RIGHT:
             self._scheduler.done(index)
             self._chunk_here(index)
             self._after_batch()

@@ -129,11 +129,18 @@ def clear_leftovers(out: Path) -> None:
 
 
 class PartFile:
-    """One destination being filled. `fd` is open until `close`."""
+    """One destination being filled. `fd` is open until `close`.
 
-    def __init__(self, out: Path, manifest: Manifest) -> None:
+    `direct_fd` is the same file past the page cache, -1 where that is not wanted or not possible.
+    """
+
+    def __init__(self, out: Path, manifest: Manifest, *, is_direct: bool = False) -> None:
         """Open (or create) the part file and its journal, and preallocate.
 
+        Args:
+            out: The destination.
+            manifest: What is fetched.
+            is_direct: Open `direct_fd`, too: a big file that nobody reads at once must not evict what others read.
         Raises:
             StoreLocked: Another download writes the same destination.
             StoreFull: No room; what was there is kept.
@@ -143,6 +150,7 @@ class PartFile:
         self.path = out.with_name(out.name + PART_SUFFIX)
         self._manifest = manifest
         self.fd = -1
+        self.direct_fd = -1
         self.parity_fd = -1
         self.candidates: dict[int, bool] = {}
         self.same_boot = False
@@ -152,6 +160,8 @@ class PartFile:
             raise storage_error(exc, str(out), "nothing was fetched") from exc
         try:
             self._open()
+            if is_direct:
+                self.direct_fd = self._open_direct()
         except OSError as exc:
             self.close()
             raise storage_error(
@@ -199,6 +209,12 @@ class PartFile:
             found.update(dict.fromkeys(range(at // size, -(-end // size)), False))
             at = max(end, at + 1)
         return found, False
+
+    def _open_direct(self) -> int:
+        """The part file for direct writing, or -1: the file system cannot, or /proc is not there."""
+        with suppress(OSError):
+            return os.open(f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+        return -1
 
     def _allocate(self) -> None:
         size = self._manifest.size
@@ -281,8 +297,8 @@ class PartFile:
 
     def close(self) -> None:
         """Close the descriptors; the files stay. Idempotent."""
-        for fd in (self.fd, self.parity_fd):
+        for fd in (self.fd, self.direct_fd, self.parity_fd):
             if fd >= 0:
                 os.close(fd)
-        self.fd = self.parity_fd = -1
+        self.fd = self.direct_fd = self.parity_fd = -1
         self.journal.close()

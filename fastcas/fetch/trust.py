@@ -13,7 +13,7 @@ from __future__ import annotations
 from enum import Enum
 
 from fastcas.errors import ManifestCorrupt
-from fastcas.fetch.receiver import HASH_OK, LINK_OK
+from fastcas.fetch.receiver import HAS_LINK, HASH_OK, LINK_OK
 from fastcas.ids import short
 from fastcas.limits import UNVERIFIED_WINDOW_BYTES, UNVERIFIED_WINDOW_CHUNKS
 from fastcas.metadata import Manifest
@@ -33,10 +33,10 @@ def judge(flags: int, *, is_data: bool) -> Verdict:
     """Return the verdict on a chunk's bytes.
 
     Args:
-        flags: Bits of the check: own hash right, link right.
+        flags: Bits of the check: own hash right, link right, link checked.
         is_data: Parity chunks have no link.
     """
-    if not is_data:
+    if not is_data or not flags & HAS_LINK:
         return Verdict.RIGHT if flags & HASH_OK else Verdict.PEER
     match bool(flags & HASH_OK), bool(flags & LINK_OK):
         case True, True:
@@ -66,13 +66,16 @@ def check_manifest(data: bytes, manifest_hash: bytes, file_hash: bytes) -> Manif
 class Chain:
     """The links of one file: which were checked, and what may be fetched because of that."""
 
-    def __init__(self, manifest: Manifest, *, trusted: bool) -> None:
+    def __init__(self, manifest: Manifest, *, trusted: bool, is_checked: bool = True) -> None:
         """Start with no link checked.
 
         Args:
             trusted: The manifest was named by a link or came from a peer that the user named: every chunk may be
                 fetched at once. Otherwise only a window at the end, which doubles as the proven suffix grows.
+            is_checked: Links are checked at all; if not, chunks count by their own hashes, and the content is never
+                proven to be the file's. Only for a manifest that a link names.
         """
+        self.is_checked = is_checked
         n = manifest.n_chunks
         self._n = n
         self._trusted = trusted

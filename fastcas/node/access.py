@@ -221,8 +221,7 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     from fastcas.fetch.download import download
     from fastcas.fetch.origin import parse_origin
     from fastcas.fetch.pacing import Pace
-    from fastcas.node.downloads import ProgressRelay, result_to_map
-    from fastcas.node.export import export
+    from fastcas.node.download_report import ProgressRelay, result_to_map
 
     link = parse_ref(str(args["ref"]))
     peers = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
@@ -233,6 +232,8 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
     folder = Path(os.fsdecode(args["folder"]))
     if store is not None:
+        from fastcas.node.export import export
+
         here = export(store, link, out, folder, raw=raw, force=force, progress=relay.bytes)
         if here is not None:
             return here
@@ -241,14 +242,14 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     if not known:
         check_reachable(link, peers, args)
     rate = args.get("max_download_Bps")
-    hooks = _Finished()
+    hooks = _Finished() if store is not None else None
     async with dht_client(args, link, is_needed=not peers and not link.peers) as dht:
         result = await download(
             link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s,
             stall_timeout_s=stall_s, hooks=hooks, progress=relay, raw=raw, force=force, origins=origins,
             pace=Pace(rate) if rate else None, known=known,
         )  # fmt: skip
-    if store is not None:
+    if store is not None and hooks is not None:
         for path, manifest, is_proven in hooks.files:
             if is_proven:
                 _remember(store, path, manifest)

@@ -22,6 +22,7 @@ from fastcas.ids import Link, PeerAddr, short
 from fastcas.limits import STALL_TIMEOUT_S
 from fastcas.metadata import Manifest
 from fastcas.node.announcer import WHOLE, Announcement, Announcer
+from fastcas.node.download_report import ProgressRelay, result_to_map
 from fastcas.node.local_chunks import TableChunks
 from fastcas.node.publisher import Publish, Publisher
 from fastcas.node.seeding import Seeding
@@ -30,15 +31,13 @@ from fastcas.peers.discovery import Discovery
 from fastcas.store import Store
 
 if TYPE_CHECKING:
-    from fastcas.fetch import DownloadResult, FetchedTree, Progress
+    from fastcas.fetch import FetchedTree, Progress
 
-__all__ = ["Downloads", "ProgressRelay", "Running", "result_to_map"]
+__all__ = ["Downloads", "Running"]
 
 log = logging.getLogger(__name__)
 
-PROGRESS_S = 0.1
 REGISTER_S = 2.0
-PROGRESS_STEPS = 20  # parts of the whole that are each reported, however fast they come
 
 
 @dataclass
@@ -60,50 +59,6 @@ class Running:
             "file_hash": self.file_hash.hex(), "name": self.name, "done": self.done, "total": self.total,
             "rate_Bps": int(self.rate_Bps), "peers": self.peers, "waiting_on": self.waiting_on,
         }  # fmt: skip
-
-
-def result_to_map(result: DownloadResult) -> dict[str, Any]:
-    """Return a finished download as people and scripts see it."""
-    return {
-        "path": str(result.path),
-        "file_hash": result.file_hash.hex(),
-        "manifest_hash": result.manifest.manifest_hash.hex(),
-        "size": result.size,
-        "seconds": round(result.seconds, 3),
-        "bytes_by_peer": {str(peer): count for peer, count in result.bytes_by_peer.items()},
-        "resumed_bytes": result.resumed_bytes,
-        "local_bytes": result.local_bytes,
-        "banned": {str(peer): reason for peer, reason in result.banned.items()},
-        "bytes_by_origin": result.bytes_by_origin,
-        "failed_origins": result.failed_origins,
-        "explained": result.explained.to_map(),
-    }
-
-
-class ProgressRelay:
-    """A download's progress as plain maps: ten times a second, and at each twentieth of the whole."""
-
-    def __init__(self, on_progress: Callable[[dict[str, Any]], None] | None) -> None:
-        self._on_progress = on_progress
-        self._reported_at = 0.0
-        self._reported_done = 0
-
-    def __call__(self, now: Progress) -> None:
-        """Take what the fetch path says."""
-        self._send(now.bytes_done, now.bytes_total, now.rate_Bps, now.peers, now.waiting_on)
-
-    def bytes(self, done: int, total: int) -> None:
-        """Take what a local copy says."""
-        self._send(done, total, 0.0, 0, "")
-
-    def _send(self, done: int, total: int, rate_Bps: float, peers: int, waiting_on: str) -> None:
-        moment = time.monotonic()
-        step = (done - self._reported_done) * PROGRESS_STEPS >= max(total, 1)
-        if self._on_progress is not None and (done == total or step or moment - self._reported_at >= PROGRESS_S):
-            self._reported_at, self._reported_done = moment, done
-            self._on_progress(
-                {"done": done, "total": total, "rate_Bps": int(rate_Bps), "peers": peers, "waiting_on": waiting_on}
-            )
 
 
 class Downloads:

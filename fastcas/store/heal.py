@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from fastcas.hashing import sha256
 from fastcas.ids import short
 from fastcas.metadata import Manifest
-from fastcas.parity import ReedSolomon
 from fastcas.store.blobs import BlobWriter
 from fastcas.store.catalog import OWNED, BlobRow
 from fastcas.store.core import Core
@@ -147,6 +146,8 @@ class Healer:
             self._scratch = memoryview(bytearray(len(lost) * length))
         for n, (at, _) in enumerate(lost):
             out[at] = self._scratch[n * length : (n + 1) * length]
+        from fastcas.parity import ReedSolomon  # brings numpy: a command that needs none must not wait for it
+
         ReedSolomon(manifest.k, manifest.m).reconstruct(shards, out)
         for at, index in lost:
             view = out[at]

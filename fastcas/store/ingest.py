@@ -28,7 +28,6 @@ from fastcas.errors import FileChanged
 from fastcas.hashing import Sha256, chunk_passes, digest_many, sha256
 from fastcas.ids import Link
 from fastcas.metadata import EMPTY_SHA256, SHA256_IV, Manifest, check_parity, choose_chunk_size
-from fastcas.parity import ReedSolomon
 from fastcas.store.blobs import BlobWriter
 from fastcas.store.catalog import LINKED, OWNED, BlobRow
 from fastcas.store.core import Core, News, manifest_name
@@ -124,6 +123,8 @@ class _Parity:
     """Encodes the stripes of one file, one buffer each, in any one thread at a time."""
 
     def __init__(self, k: int, m: int) -> None:
+        from fastcas.parity import ReedSolomon  # brings numpy: a command that needs none must not wait for it
+
         self._code = ReedSolomon(k, m)
         self._k, self._m = k, m
         self.hashes = bytearray()

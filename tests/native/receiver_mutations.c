@@ -196,7 +196,8 @@ int main(int argc, char **argv)
     }
     unsigned seed = (unsigned)atoi(argv[1]) * 2654435761u | 1u;
     const unsigned rounds = (unsigned)atoi(argv[2]);
-    fcas_rx_layout layout = {.size = SIZE, .chunk_size = CHUNK, .n_chunks = N, .hashes = hashes, .midstates = midstates};
+    fcas_rx_layout layout = {.size = SIZE, .chunk_size = CHUNK, .n_chunks = N, .hashes = hashes, .midstates = midstates,
+                             .check_links = true};
     fcas_sha256 chain;
     fcas_sha256_init(&chain, NULL);
     for (size_t i = 0; i < SIZE; i++) {
@@ -231,7 +232,7 @@ int main(int argc, char **argv)
     fcas_rx *rx;
     const fcas_rx_config config = {
         .n_threads = 2, .memory_max = 3 * CHUNK, .connect_ms = 2000, .first_byte_ms = 150, .stall_ms = 150};
-    if (ftruncate(fd, (off_t)SIZE) != 0 || fcas_rx_job_new(&layout, fd, -1, &job) != FCAS_OK ||
+    if (ftruncate(fd, (off_t)SIZE) != 0 || fcas_rx_job_new(&layout, fd, -1, -1, &job) != FCAS_OK ||
         fcas_rx_new(&config, &rx) != FCAS_OK) {
         return 3;
     }

@@ -141,7 +141,8 @@ int main(int argc, char **argv)
     pthread_create(&acceptor, NULL, accept_all, (void *)(intptr_t)listener);
 
     const int fd = memfd_create("out", MFD_CLOEXEC);
-    fcas_rx_layout layout = {.size = SIZE, .chunk_size = CHUNK, .n_chunks = N, .hashes = hashes, .midstates = midstates};
+    fcas_rx_layout layout = {.size = SIZE, .chunk_size = CHUNK, .n_chunks = N, .hashes = hashes, .midstates = midstates,
+                             .check_links = true};
     fcas_sha256 whole;
     fcas_sha256_init(&whole, NULL);
     fcas_sha256_update(&whole, content, SIZE);
@@ -150,7 +151,7 @@ int main(int argc, char **argv)
     fcas_rx *rx;
     const fcas_rx_config config = {
         .n_threads = 3, .memory_max = 5 * CHUNK, .connect_ms = 2000, .first_byte_ms = 2000, .stall_ms = 2000};
-    if (fcas_rx_job_new(&layout, fd, -1, &job) != FCAS_OK || fcas_rx_new(&config, &rx) != FCAS_OK) {
+    if (fcas_rx_job_new(&layout, fd, -1, -1, &job) != FCAS_OK || fcas_rx_new(&config, &rx) != FCAS_OK) {
         return 3;
     }
     fcas_rx_conn *conns[CONNS];

@@ -1,0 +1,191 @@
+/* Chunks that are whole: hashed several at once, written to their places, reported.
+ *
+ * Their bytes lie in buffers, so that the streams of a SHA-256 kernel run side by side. Where the job has a descriptor
+ * for it, whole chunks go to the disk past the page cache and asynchronously: no copy, nothing is evicted from the
+ * cache, and the fsync at the end has nothing left to do. Everything else is an ordinary pwrite. */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "receiver/internal.h"
+
+/* Lengths and offsets of direct I/O are multiples of a disk's sector; no sector is larger. */
+#define SECTOR 4096u
+
+fcas_status fcas_rx_settler_init(fcas_rx_settler *s, fcas_rx *rx)
+{
+    memset(s, 0, sizeof *s);
+    s->rx = rx;
+    s->written_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (s->written_fd < 0) {
+        return FCAS_E_SYS;
+    }
+    s->has_aio = syscall(SYS_io_setup, FCAS_RX_WRITES_MAX, &s->aio) == 0;
+    for (size_t i = 0; i < FCAS_RX_WRITES_MAX; i++) {
+        s->writes[i].next_free = s->free_writes;
+        s->free_writes = &s->writes[i];
+    }
+    return FCAS_OK;
+}
+
+static void report(fcas_rx_settler *s, fcas_rx_request *r, fcas_rx_buffer *buffer, int outcome)
+{
+    fcas_rx_pool_put(&s->rx->pool, buffer);
+    fcas_rx_deliver(s->rx, r, outcome);
+}
+
+static void write_now(fcas_rx_settler *s, fcas_rx_request *r, fcas_rx_buffer *buffer)
+{
+    const uint64_t from_ns = fcas_rx_clock_ns();
+    r->sys_errno = fcas_rx_job_write(r->job, r->index, buffer->bytes);
+    fcas_rx_spent(&s->write_ns, from_ns);
+    report(s, r, buffer, r->sys_errno != 0 ? FCAS_RX_WRITE_FAILED : FCAS_RX_OK);
+}
+
+/* Report writes that are done; wait until there are at least so many. */
+static void reap(fcas_rx_settler *s, long at_least)
+{
+    struct io_event events[FCAS_RX_WRITES_MAX];
+    struct timespec none = {0, 0};
+    const long n = syscall(SYS_io_getevents, s->aio, at_least, (long)FCAS_RX_WRITES_MAX, events,
+                           at_least > 0 ? NULL : &none);
+    for (long i = 0; i < n; i++) {
+        fcas_rx_write *w = (fcas_rx_write *)(uintptr_t)events[i].data;
+        w->next_free = s->free_writes;
+        s->free_writes = w;
+        s->n_writing--;
+        if (events[i].res == (int64_t)w->io.aio_nbytes) {
+            report(s, w->request, w->buffer, FCAS_RX_OK);
+        } else {
+            write_now(s, w->request, w->buffer); /* a short write, or an error: an ordinary write has the last word */
+        }
+    }
+}
+
+void fcas_rx_settler_written(fcas_rx_settler *s)
+{
+    uint64_t count;
+    (void)!read(s->written_fd, &count, sizeof count);
+    if (s->n_writing > 0) {
+        reap(s, 0);
+    }
+}
+
+static bool goes_direct(const fcas_rx_settler *s, const fcas_rx_request *r)
+{
+    return s->has_aio && r->job->direct_fd >= 0 && r->index < r->job->layout.n_chunks && r->length % SECTOR == 0;
+}
+
+static fcas_rx_write *prepare_write(fcas_rx_settler *s, fcas_rx_request *r, fcas_rx_buffer *buffer)
+{
+    if (s->free_writes == NULL) {
+        const uint64_t from_ns = fcas_rx_clock_ns();
+        while (s->free_writes == NULL) {
+            reap(s, 1);
+        }
+        fcas_rx_spent(&s->write_ns, from_ns);
+    }
+    fcas_rx_write *w = s->free_writes;
+    s->free_writes = w->next_free;
+    w->request = r;
+    w->buffer = buffer;
+    memset(&w->io, 0, sizeof w->io);
+    w->io.aio_data = (uint64_t)(uintptr_t)w;
+    w->io.aio_lio_opcode = IOCB_CMD_PWRITE;
+    w->io.aio_fildes = (uint32_t)r->job->direct_fd;
+    w->io.aio_buf = (uint64_t)(uintptr_t)buffer->bytes;
+    w->io.aio_nbytes = r->length;
+    w->io.aio_offset = (int64_t)((uint64_t)r->index * r->job->layout.chunk_size);
+    w->io.aio_flags = IOCB_FLAG_RESFD;
+    w->io.aio_resfd = (uint32_t)s->written_fd;
+    return w;
+}
+
+static void submit(fcas_rx_settler *s, struct iocb **ios, long n)
+{
+    const uint64_t from_ns = fcas_rx_clock_ns();
+    long done = 0;
+    while (done < n) {
+        const long taken = syscall(SYS_io_submit, s->aio, n - done, ios + done);
+        if (taken <= 0) {
+            break;
+        }
+        done += taken;
+        s->n_writing += (size_t)taken;
+    }
+    if (n > 0) {
+        fcas_rx_spent(&s->write_ns, from_ns);
+    }
+    for (; done < n; done++) { /* refused: an ordinary write has the last word */
+        fcas_rx_write *w = (fcas_rx_write *)(uintptr_t)ios[done]->aio_data;
+        w->next_free = s->free_writes;
+        s->free_writes = w;
+        write_now(s, w->request, w->buffer);
+    }
+}
+
+void fcas_rx_settle(fcas_rx_settler *s)
+{
+    fcas_rx_check checks[FCAS_RX_TOGETHER];
+    const uint8_t *bytes[FCAS_RX_TOGETHER];
+    size_t lengths[FCAS_RX_TOGETHER];
+    struct iocb *ios[FCAS_RX_TOGETHER];
+    const size_t n = s->n_whole;
+    long n_direct = 0;
+
+    if (n == 0) {
+        return;
+    }
+    s->n_whole = 0;
+    for (size_t i = 0; i < n; i++) {
+        const fcas_rx_request *r = s->requests[i];
+        fcas_rx_check_begin(&checks[i], r->job, r->index);
+        bytes[i] = s->buffers[i]->bytes;
+        lengths[i] = (size_t)r->length;
+    }
+    const uint64_t from_ns = fcas_rx_clock_ns();
+    fcas_rx_check_feed_many(checks, bytes, lengths, n);
+    fcas_rx_spent(&s->hash_ns, from_ns);
+    for (size_t i = 0; i < n; i++) {
+        fcas_rx_request *r = s->requests[i];
+        r->flags = fcas_rx_check_end(&checks[i], r->job, r->index, r->digest);
+        if ((r->flags & FCAS_RX_HASH_OK) == 0) {
+            report(s, r, s->buffers[i], FCAS_RX_CORRUPT);
+        } else if (goes_direct(s, r)) {
+            ios[n_direct++] = &prepare_write(s, r, s->buffers[i])->io;
+        } else {
+            write_now(s, r, s->buffers[i]);
+        }
+    }
+    submit(s, ios, n_direct);
+}
+
+void fcas_rx_settler_add(fcas_rx_settler *s, fcas_rx_request *request, fcas_rx_buffer *buffer)
+{
+    s->requests[s->n_whole] = request;
+    s->buffers[s->n_whole++] = buffer;
+    if (s->n_whole == FCAS_RX_TOGETHER) {
+        fcas_rx_settle(s);
+    }
+}
+
+void fcas_rx_settler_destroy(fcas_rx_settler *s)
+{
+    while (s->n_writing > 0) {
+        reap(s, 1);
+    }
+    if (s->has_aio) {
+        (void)syscall(SYS_io_destroy, s->aio);
+    }
+    for (size_t i = 0; i < s->n_whole; i++) {
+        report(s, s->requests[i], s->buffers[i], FCAS_RX_CANCELLED);
+    }
+    s->n_whole = 0;
+    if (s->written_fd >= 0) {
+        close(s->written_fd);
+    }
+}
