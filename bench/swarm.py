@@ -39,6 +39,7 @@ from typing import Any
 
 from bench.netns import Host, Rates, rate_limited_hosts, why_not
 from bench.processes import tree_cpu_s
+from fastcas.errors import FastCASError
 from fastcas.node.control_client import AsyncControlClient, ControlClient
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,11 +233,12 @@ class Fetching:
             if number in self.victims and 2 * values["done"] >= self.case.size:
                 self._kill(number)
 
-        args = {"ref": self.link, "out": os.fsencode(self.outs[number]), "folder": os.fsencode(self.outs[number].parent),
+        out = self.outs[number]
+        args = {"ref": self.link, "out": os.fsencode(out), "folder": os.fsencode(out.parent),
                 "peers": [f"{self.seed_ip}:{PORT}"], "timeout_s": 60.0}  # fmt: skip
         try:
             await client.call("get", args, progress)
-        except Exception as error:  # whatever it is, it ends the bench, with its words
+        except FastCASError as error:
             if number not in self.victims:
                 self._failed.append(f"leecher {number}: {error}")
 
@@ -417,7 +419,8 @@ def show(case: Case, runs: list[Run], others: list[Run]) -> bool:
     there = statistics.median(run.ratio for run in others) if others else None
     print(f"  ratio {ratio:.3f} (wanted {case.wanted}, stretch {case.stretch})"
           + (f", libtorrent {there:.2f}" if there else "") + f", seed sent {sent:.2f} F"
-          + (f" (wanted {SEED_WANTED})" if case.name == "8" else "") + ("" if good else "  MISSED"), flush=True)  # fmt: skip
+          + (f" (wanted {SEED_WANTED})" if case.name == "8" else "") + ("" if good else "  MISSED"),
+          flush=True)  # fmt: skip
     return good
 
 

@@ -40,7 +40,7 @@ TURNAROUND_S = 0.003  # our own part of a round trip: completion queue, loop, de
 RATE_WINDOW_S = 0.1
 WINDOW_MAX = 512
 NEXT_AGAIN_S = 0.5
-NEXT_BY_NAME_S = 2.0
+NEXT_BY_NAME_S = 1.0
 STALE_MIN = 4  # chosen chunks that were here already, before a seed's choices are doubted
 STALE_SHARE = 8  # and more than one in so many
 
@@ -429,7 +429,7 @@ class Scheduler:
 
     def _of_seed(self, peer: PeerState, candidates: int, now: float) -> int:
         """What may be asked of a NEXT seed by name: nothing before its first 204; then what leechers have too, and
-        what nobody has offered for two seconds."""
+        what nobody has offered for a second."""
         if peer.nothing_new_at is None:
             return 0
         if now - peer.nothing_new_at >= NEXT_BY_NAME_S:
