@@ -42,7 +42,8 @@ TURNAROUND_S = 0.003  # our own part of a round trip: completion queue, loop, de
 RATE_WINDOW_S = 0.1
 WINDOW_MAX = 512
 NEXT_AGAIN_S = 0.5
-NEXT_BY_NAME_S = 2.0
+NEXT_BY_NAME_S = 1.0
+NEXT_SILENT_S = 2.0  # so long a seed may take to choose before it does not count
 STAND_IN_S = 2.0  # so long a stand-in may take before the late chunk is asked for again after all
 STALE_MIN = 4  # chosen chunks that were here already, before a seed's choices are doubted
 STALE_SHARE = 8  # and more than one in so many
@@ -454,7 +455,7 @@ class Scheduler:
 
     def _of_seed(self, peer: PeerState, candidates: int, now: float) -> int:
         """What may be asked of a NEXT seed by name: nothing before its first 204; then what leechers have too, and
-        what nobody has offered for two seconds."""
+        what nobody has offered for a second."""
         if peer.nothing_new_at is None:
             is_stuck = not peer.n_next and any(self._is_silent(other, now) for other in self.peers.values())
             return candidates if is_stuck else 0
@@ -492,7 +493,7 @@ class Scheduler:
 
     def _is_silent(self, peer: PeerState, now: float) -> bool:
         """Whether a seed that was asked to choose has not done so for long."""
-        return peer.n_next > 0 and now - peer.next_since >= NEXT_BY_NAME_S
+        return peer.n_next > 0 and now - peer.next_since >= NEXT_SILENT_S
 
     def _hedge(self, idle: list[PeerState], now: float, asks: list[Ask]) -> None:
         """Ask idle peers for what is late elsewhere, the latest first."""

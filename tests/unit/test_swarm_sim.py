@@ -32,7 +32,7 @@ def test_a_swarm_is_close_to_the_bound(swarm: Swarm, limit: float) -> None:
 @pytest.mark.slow
 def test_what_only_leechers_had_that_vanished_is_asked_of_the_seed_by_name() -> None:
     """Nothing takes their marks back here: without asking by name nobody would ever finish."""
-    assert simulate(alike(10, 100, 200, leave=2)).ratio <= 1.6
+    assert simulate(alike(10, 100, 200, leave=2)).ratio <= 1.35
 
 
 @pytest.mark.slow
