@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -406,6 +407,28 @@ def gc_command(storage_dir: str, as_json: bool) -> None:
         print_json(result)
     else:
         print_line(f"Freed {bytes_text(result['bytes_freed'])} of {result['chunks']} chunks")
+
+
+@command.command("rebuild")
+@_storage_option
+@_json_option
+def rebuild_command(storage_dir: str, as_json: bool) -> None:
+    """Make a new catalog from the manifests and blobs on disk, every byte checked."""
+    from fastcas.store import Store
+
+    with ProgressShow("reading", as_json=as_json) as show:
+        report = Store.rebuild(
+            storage_root(storage_dir), progress=lambda done, total: show({"done": done, "total": total})
+        )
+    if as_json:
+        print_json(asdict(report))
+        return
+    for subject, reason in report.left_out:
+        sys.stderr.write(f"left out {subject}: {reason}\n")
+    incomplete = f", {report.incomplete} of them incomplete" if report.incomplete else ""
+    print_line(f"{report.files} files{incomplete}, {report.chunks} chunks, {bytes_text(report.bytes)} checked")
+    if report.old_catalog is not None:
+        sys.stderr.write(f"the old catalog is kept as {escape_for_terminal(report.old_catalog)}\n")
 
 
 @command.command("migrate")

@@ -27,7 +27,9 @@ import xxhash
 from fastcas.errors import CatalogCorrupt, StoreError
 from fastcas.store.paths import BLOB_DIR, Folder, os_errors, shown, write_all
 
-__all__ = ["BlobWriter", "check_index", "decode_index", "encode_index", "open_for_change", "rewrite_index"]
+__all__ = [
+    "BlobWriter", "check_index", "decode_index", "encode_index", "index_start", "open_for_change", "rewrite_index",
+]  # fmt: skip
 
 MAGIC = b"FCASBLB1"
 ENTRY = struct.Struct("<32sQII")
@@ -75,6 +77,11 @@ def check_index(fd: int) -> bytes:
         CatalogCorrupt: It is damaged, or the file is no owned blob.
     """
     return decode_index(fd)[0]
+
+
+def index_start(fd: int) -> int:
+    """Return where a blob's chunks end and its index begins. Raises CatalogCorrupt."""
+    return _trailer(fd)[0]
 
 
 def decode_index(fd: int) -> tuple[bytes, list[tuple[bytes, int, int]]]:

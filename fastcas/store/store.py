@@ -8,20 +8,30 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from fastcas.errors import FileChanged, PermissionDenied, StoreError, StoreFull, StoreNotFound, UsageError
-from fastcas.ids import Link
+from fastcas.errors import (
+    CatalogCorrupt,
+    FileChanged,
+    PermissionDenied,
+    StoreError,
+    StoreFull,
+    StoreNotFound,
+    UsageError,
+)
 from fastcas.metadata import Manifest
 from fastcas.store import adopt as _adopt
 from fastcas.store import ingest as _ingest
 from fastcas.store import linked as _linked
+from fastcas.store import listing as _listing
 from fastcas.store import lock as _lock
 from fastcas.store import maintain as _maintain
 from fastcas.store import migrate as _migrate
 from fastcas.store import tree as _tree
-from fastcas.store.catalog import LINKED, OWNED, Catalog
+from fastcas.store.catalog import ADVICE, Catalog
 from fastcas.store.collection import Collection
 from fastcas.store.core import Core
 from fastcas.store.paths import BLOB_DIR, MANIFEST_DIR, QUARANTINE_DIR, Folder, root_of, shown
+from fastcas.store.rebuild import CATALOG
+from fastcas.store.rebuild import rebuild as _rebuild
 from fastcas.store.scrub import Scrub
 from fastcas.store.sources import FileSource, open_user_file
 from fastcas.store.types import (
@@ -31,6 +41,7 @@ from fastcas.store.types import (
     Identity,
     MigrateReport,
     Progress,
+    RebuildReport,
     StoredFile,
     StoreListener,
     VerifyReport,
@@ -40,19 +51,8 @@ __all__ = ["Store"]
 
 _T = TypeVar("_T")
 
-CATALOG = "catalog.db"
 KEY = "node.key"
 HASHES_PER_BATCH = 65_536
-
-_FILES = """
-SELECT f.hash, f.manifest,
-    (SELECT name FROM names WHERE file=f.hash ORDER BY stored_at DESC, name LIMIT 1),
-    f.size, m.chunk_size, m.n_chunks, m.n_parity, f.stored_at, f.is_collection,
-    EXISTS(SELECT 1 FROM pins WHERE file=f.hash), m.complete,
-    EXISTS(SELECT 1 FROM members WHERE manifest=f.manifest),
-    (SELECT path FROM blobs WHERE kind=1 AND manifest=f.manifest LIMIT 1)
-FROM files f JOIN manifests m ON m.hash=f.manifest
-"""
 
 
 class Store:
@@ -83,8 +83,11 @@ class Store:
         folder = Folder(root_of(root), create=create)
         lock = -1
         try:
-            if not create and not folder.exists(CATALOG):
-                raise StoreNotFound(f"{shown(folder.root)}: not a fastcas store (no {CATALOG})")
+            if not folder.exists(CATALOG):
+                if _has_manifests(folder):
+                    raise CatalogCorrupt(f"{shown(folder.path(CATALOG))}: gone; the blobs are untouched{ADVICE}")
+                if not create:
+                    raise StoreNotFound(f"{shown(folder.root)}: not a fastcas store (no {CATALOG})")
             lock = _lock.acquire(folder) if lock_fd is None else _lock.adopt(folder, lock_fd)
             for name in (BLOB_DIR, MANIFEST_DIR, QUARANTINE_DIR):
                 folder.make_dir(name)
@@ -103,6 +106,36 @@ class Store:
             store.close()
             raise
         return store
+
+    @staticmethod
+    def rebuild(root: str | os.PathLike[str], *, progress: Progress | None = None) -> RebuildReport:
+        """Make a new catalog from manifests and blobs alone; names and pins from the old one where it can be read.
+
+        Every chunk is read and checked against its hash. The old catalog stays in quarantine/.
+
+        Args:
+            root: The folder, or its `hashed_files`.
+            progress: Called with (bytes done, bytes total).
+        Raises:
+            StoreNotFound: No such folder, or nothing of a store in it.
+            StoreLocked: A node or command works on it.
+            StoreFull, StoreError, PermissionDenied: Writing failed; the old catalog is as it was.
+        Cost: one read of everything that is stored.
+        """
+        folder = Folder(root_of(root), create=False)
+        lock = -1
+        try:
+            if not folder.exists(CATALOG) and not _has_manifests(folder):
+                raise StoreNotFound(f"{shown(folder.root)}: not a fastcas store (no {CATALOG}, no manifests)")
+            lock = _lock.acquire(folder)
+            for name in (BLOB_DIR, MANIFEST_DIR, QUARANTINE_DIR):
+                folder.make_dir(name)
+            folder.sweep_temps()
+            return _rebuild(folder, progress)
+        finally:
+            if lock >= 0:
+                os.close(lock)
+            folder.close()
 
     def close(self) -> None:
         """Close everything and give the lock up (unless others share it). Idempotent."""
@@ -328,24 +361,15 @@ class Store:
 
     def files(self) -> list[FileRow]:
         """Return every file, members of collections included, the latest first."""
-        rows = self._core.catalog.query(_FILES + " ORDER BY f.stored_at DESC, f.hash")
-        return [_file_row(row) for row in rows]
+        return _listing.file_rows(self._core)
 
     def file(self, file_hash: bytes) -> FileRow | None:
         """Return one file, None if it is not known."""
-        rows = self._core.catalog.query(_FILES + " WHERE f.hash=?", (file_hash,))
-        return _file_row(rows[0]) if rows else None
+        return _listing.file_row(self._core, file_hash)
 
     def pin(self, file_hash: bytes, pinned: bool = True) -> bool:
         """Keep a file whatever happens to its names, or no longer. Returns False if it is not known."""
-        if self.file(file_hash) is None:
-            return False
-        with self._core.catalog.transaction():
-            if pinned:
-                self._core.catalog.execute("INSERT OR IGNORE INTO pins VALUES(?, strftime('%s', 'now'))", (file_hash,))
-            else:
-                self._core.catalog.execute("DELETE FROM pins WHERE file=?", (file_hash,))
-        return True
+        return _listing.pin(self._core, file_hash, pinned)
 
     def has_chunk(self, key: bytes) -> bool:
         """Whether the catalog knows an extent of the chunk."""
@@ -382,28 +406,7 @@ class Store:
         logical: content of all named files and members; stored: chunk bytes in owned blobs; linked: in users'
         files; shared: what the chunks of all files would take without sharing, less what they take.
         """
-        value = self._core.catalog.value
-        by_kind = {
-            kind: value(
-                "SELECT sum(length) FROM extents WHERE blob IN (SELECT number FROM blobs WHERE kind=?)", (kind,)
-            )
-            for kind in (OWNED, LINKED)
-        }
-        logical = value("SELECT sum(size) FROM files")
-        distinct = value("SELECT sum(n) FROM (SELECT max(length) AS n FROM extents GROUP BY hash)")
-        return {
-            "logical": logical,
-            "stored": by_kind[OWNED],
-            "linked": by_kind[LINKED],
-            "shared": max(0, logical - distinct),
-            "files": value("SELECT count(*) FROM files"),
-            "incomplete": value(
-                "SELECT count(*) FROM files f JOIN manifests m ON m.hash=f.manifest WHERE NOT complete"
-            ),
-            "chunks": value("SELECT count(DISTINCT hash) FROM extents"),
-            "blobs": value("SELECT count(*) FROM blobs WHERE kind IN (0, 1)"),
-            "manifests": value("SELECT count(*) FROM manifests"),
-        }
+        return _listing.stats(self._core)
 
     def load(self, listener: StoreListener) -> None:
         """Replay everything that is live to a listener, in large batches.
@@ -533,21 +536,7 @@ class Store:
         return _migrate.index_json(self._core)
 
 
-def _file_row(row: tuple) -> FileRow:  # type: ignore[type-arg]
-    file_hash, manifest_hash, name, size, chunk_size, n_chunks, n_parity, stored_at = row[:8]
-    return FileRow(
-        file_hash=file_hash,
-        manifest_hash=manifest_hash,
-        name=name or "",
-        size=size,
-        chunk_size=chunk_size,
-        n_chunks=n_chunks,
-        n_parity=n_parity,
-        stored_at=stored_at,
-        is_collection=bool(row[8]),
-        pinned=bool(row[9]),
-        is_complete=bool(row[10]),
-        is_member=bool(row[11]),
-        link=str(Link(file_hash, manifest_hash, name or None, size)),
-        path=None if row[12] is None else os.fsdecode(row[12]),
+def _has_manifests(folder: Folder) -> bool:
+    return any(
+        folder.names(f"{MANIFEST_DIR}/{prefix}") for prefix in folder.names(MANIFEST_DIR) if len(prefix) == 2
     )

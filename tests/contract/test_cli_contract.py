@@ -44,7 +44,7 @@ def flags(command: click.Command) -> set[str]:
 
 def test_commands_and_flags_are_those_of_the_contract() -> None:
     assert set(fastcas_command.commands) == {
-        "store", "get", "ls", "info", "peers", "status", "verify", "rm", "gc", "migrate", "index",
+        "store", "get", "ls", "info", "peers", "status", "verify", "rm", "gc", "migrate", "index", "rebuild",
     }  # fmt: skip
     assert flags(fastcas_command.commands["store"]) >= {
         "--storage-dir", "--chunk-size", "--parity", "--in-place", "--json",
