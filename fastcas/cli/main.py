@@ -26,6 +26,7 @@ from fastcas.ids import (
     parse_chunk_size,
     parse_parity,
     parse_peer,
+    parse_quota,
     parse_rate,
     parse_ref,
     parse_subset,
@@ -101,9 +102,10 @@ def command() -> None:
 @click.option("--chunk-size", metavar="SIZE|auto", default="auto", show_default=True, help="16KiB to 16MiB")
 @click.option("--parity", metavar="K+M", help="M parity chunks for every K data chunks")
 @click.option("--in-place", is_flag=True, help="seed from the file where it is, without a copy")
+@click.option("--quota", metavar="SIZE|none", help="set the storage folder's quota first; it is remembered")
 @_json_option
 def store_command(
-    path: str, storage_dir: str, chunk_size: str, parity: str | None, in_place: bool, as_json: bool
+    path: str, storage_dir: str, chunk_size: str, parity: str | None, in_place: bool, quota: str | None, as_json: bool
 ) -> None:
     """Store a file or directory, and announce it if a node runs on the storage folder."""
     args: dict[str, Any] = {
@@ -112,6 +114,8 @@ def store_command(
         "parity": list(parse_parity(parity, "--parity")) if parity is not None else None,
         "in_place": in_place,
     }
+    if quota is not None:
+        args["quota"] = parse_quota(quota, "--quota")
     fd = _open_source(path)
     try:
         args["is_dir"] = os.path.isdir(f"/proc/self/fd/{fd}")
@@ -313,8 +317,12 @@ def _status_rows(status: dict[str, Any]) -> list[list[str]]:
     rows += [
         ["files", str(kept["files"])],
         ["chunks", str(kept["chunks"])],
-        ["stored", f"{stored} of {logical}, {linked} in place"],
+        ["logical", logical],
+        ["stored", f"{stored}, {linked} in place"],
+        ["shared", bytes_text(kept["shared"])],
     ]
+    if kept["quota"]:
+        rows.append(["quota", f"{bytes_text(kept['used'])} of {bytes_text(kept['quota'])}"])
     scrub = status.get("scrub") or {}
     if "bytes" in scrub:
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(scrub["finished_at"]))
@@ -396,6 +404,34 @@ def rm_command(ref: str, storage_dir: str, as_json: bool) -> None:
         print_line(f"Removed {result['file_hash']}; run gc to free its space")
 
 
+@command.command("pin")
+@click.argument("ref", metavar="REF")
+@_storage_option
+@_json_option
+def pin_command(ref: str, storage_dir: str, as_json: bool) -> None:
+    """Keep a file: the quota never takes it."""
+    _pin("pin", ref, storage_dir, as_json)
+
+
+@command.command("unpin")
+@click.argument("ref", metavar="REF")
+@_storage_option
+@_json_option
+def unpin_command(ref: str, storage_dir: str, as_json: bool) -> None:
+    """Let the quota take a file again."""
+    _pin("unpin", ref, storage_dir, as_json)
+
+
+def _pin(op: str, ref: str, storage_dir: str, as_json: bool) -> None:
+    link = parse_ref(ref)
+    with _access(storage_dir) as access:
+        result = access.call(op, {"ref": str(link)})
+    if as_json:
+        print_json(result)
+    else:
+        print_line(f"{'Pinned' if result['pinned'] else 'Unpinned'} {result['file_hash']}")
+
+
 @command.command("gc")
 @_storage_option
 @_json_option
@@ -438,8 +474,8 @@ def rebuild_command(storage_dir: str, as_json: bool) -> None:
 def migrate_command(old_dir: str, storage_dir: str, as_json: bool) -> None:
     """Import a storage folder of the older layout."""
     path = os.fsencode(os.path.realpath(old_dir))
-    with _access(storage_dir, create=True) as access:
-        result = access.call("migrate", {"path": path})
+    with _access(storage_dir, create=True) as access, ProgressShow("migrating", as_json=as_json) as show:
+        result = access.call("migrate", {"path": path}, on_progress=show)
     if as_json:
         print_json(result)
         return

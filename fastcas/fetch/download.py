@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -121,6 +121,7 @@ class Settings:
     raw: bool = False
     folder: Path | None = None
     callers: Callable[[bytes], Iterable[tuple[str, str, int]]] | None = None
+    reserve: Callable[[Manifest, Collection | None], Awaitable[None]] | None = None
 
 
 async def download(
@@ -141,6 +142,7 @@ async def download(
     raw: bool = False,
     folder: Path | None = None,
     callers: Callable[[bytes], Iterable[tuple[str, str, int]]] | None = None,
+    reserve: Callable[[Manifest, Collection | None], Awaitable[None]] | None = None,
 ) -> DownloadResult:
     """Fetch a file from everybody who has it, prove it, and put it at its place.
 
@@ -158,6 +160,8 @@ async def download(
         force: Replace a destination with other content.
         raw: A collection is an ordinary file.
         callers: Returns [(node_id, ip, port)] of those who asked our own workers for a file: they may have part of it.
+        reserve: Awaited before the bytes of a file, or (then with it) the files of a collection are fetched; what it
+            raises ends the download.
     Returns:
         The result; for a collection, of the folder.
     Raises:
@@ -170,7 +174,7 @@ async def download(
     """
     settings = Settings(
         discovery, tuple(peers), local, node_id, data_port, timeout_s, stall_timeout_s, hooks, progress,
-        trust_resume, force, raw, folder, callers,
+        trust_resume, force, raw, folder, callers, reserve,
     )  # fmt: skip
     from fastcas.fetch.filefetch import FileFetch
     from fastcas.fetch.receiver import AsyncReceiver

@@ -123,6 +123,8 @@ class FileFetch:
         """Get every chunk of the manifest into the part file; returns whether the content is proven."""
         assert self._out is not None
         out = self._out
+        if self.settings.reserve is not None:
+            await self.settings.reserve(manifest, None)
         await asyncio.to_thread(prepare_folder, out.parent)
         self.part = await asyncio.to_thread(PartFile, out, manifest)
         if self.settings.hooks is not None:

@@ -22,6 +22,7 @@ from fastcas.metadata import Manifest
 from fastcas.node.announcer import WHOLE, Announcement, Announcer
 from fastcas.node.local_chunks import TableChunks
 from fastcas.node.publisher import Publish, Publisher
+from fastcas.node.reservation import Reservation
 from fastcas.node.seeding import Seeding
 from fastcas.node.store_thread import StoreThread
 from fastcas.peers.discovery import Discovery
@@ -190,6 +191,7 @@ class Downloads:
         local = TableChunks(self._publisher)
         seeding = Seeding(self._store, self._thread, self._publisher, self._publish, self._on_offered)
 
+        reservation = Reservation(self._store, self._thread.run)
         relay = ProgressRelay(on_progress)
 
         def progress(now: Progress) -> None:
@@ -202,7 +204,7 @@ class Downloads:
                 link, out, discovery=self._discovery(), peers=[*peers, *self._named_peers], local=local,
                 node_id=self._node_id, data_port=self._data_port(), timeout_s=timeout_s, hooks=seeding,
                 progress=progress, raw=raw, force=force, folder=folder,
-                callers=self._callers,
+                callers=self._callers, reserve=reservation,
             )  # fmt: skip
             registering = [
                 asyncio.ensure_future(self._register(path, manifest, path.name))
@@ -218,6 +220,7 @@ class Downloads:
                 await asyncio.wait(registering, timeout=REGISTER_S)
         finally:
             await seeding.close()
+            await reservation.release()
             local.close()
             self._running.pop(number, None)
         log.info(

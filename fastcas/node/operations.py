@@ -21,7 +21,7 @@ __all__ = ["LOCAL_OPERATIONS", "Operations", "file_row_to_map"]
 OnProgress = Callable[[dict[str, Any]], None]
 Progress = Callable[[int, int], None]
 
-LOCAL_OPERATIONS = frozenset({"store", "ls", "info", "rm", "gc", "migrate", "index", "stats"})
+LOCAL_OPERATIONS = frozenset({"store", "ls", "info", "rm", "gc", "migrate", "index", "stats", "pin", "unpin"})
 
 
 def file_row_to_map(row: FileRow) -> dict[str, Any]:
@@ -101,6 +101,8 @@ class Operations:
 
     def _do_store(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
         path = os.fsdecode(args["path"])
+        if "quota" in args:
+            self.store.quota.set_limit(None if args["quota"] is None else int(args["quota"]))
         parity = args.get("parity")
         shape = (int(parity[0]), int(parity[1])) if parity else None
         chunk_size = args.get("chunk_size")
@@ -141,6 +143,17 @@ class Operations:
         self.store.remove(row.file_hash)
         return {"file_hash": row.file_hash.hex(), "name": row.name, "size": row.size}
 
+    def _do_pin(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
+        return self._set_pin(args, True)
+
+    def _do_unpin(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
+        return self._set_pin(args, False)
+
+    def _set_pin(self, args: dict[str, Any], pinned: bool) -> dict[str, Any]:
+        row = self.row_of(args.get("ref"))
+        self.store.pin(row.file_hash, pinned)
+        return {"file_hash": row.file_hash.hex(), "name": row.name, "pinned": pinned}
+
     def _do_gc(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
         return dataclasses.asdict(self.store.gc(self._barrier))
 
@@ -160,7 +173,7 @@ class Operations:
         )  # fmt: skip
 
     def _do_migrate(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
-        report = self.store.migrate(os.fsdecode(args["path"]))
+        report = self.store.migrate(os.fsdecode(args["path"]), progress=progress)
         return {
             "files": [dataclasses.asdict(item) for item in report.files],
             "left_out": [list(item) for item in report.left_out],

@@ -46,6 +46,7 @@ def config_to_map(config: NodeConfig) -> dict[str, Any]:
         "admin_port": config.admin_port,
         "max_upload": config.max_upload,
         "workers": config.workers,
+        "quota": config.quota,
     }
 
 
@@ -57,6 +58,7 @@ def config_from_map(values: dict[str, Any]) -> NodeConfig:
         peer=[str(item) for item in values.get("peer", [])],
         admin_port=int(values.get("admin_port", 0)),
         max_upload=str(values.get("max_upload", "")),
+        quota=str(values.get("quota", "")),
     )
 
 

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 import xxhash
 
-from fastcas.errors import CatalogCorrupt, StoreError
+from fastcas.errors import CatalogCorrupt, StoreError, StoreFull
 from fastcas.store.paths import BLOB_DIR, Folder, os_errors, shown, write_all
 
 __all__ = [
@@ -110,9 +110,11 @@ class BlobWriter:
     Args:
         folder: The storage folder.
         catalog_id: 16 bytes for the trailer.
+        budget: Bytes that it may take on disk, None: any number.
     """
 
-    def __init__(self, folder: Folder, catalog_id: bytes) -> None:
+    def __init__(self, folder: Folder, catalog_id: bytes, budget: int | None = None) -> None:
+        self._budget = budget
         self._folder = folder
         self._catalog_id = catalog_id
         self._fd = -1
@@ -166,6 +168,13 @@ class BlobWriter:
         if end <= self._reserved:
             return
         ahead = min(RESERVE_B, max(expected, 0))
+        if self._budget is not None:
+            room = self._budget - end - ENTRY.size * len(self.offsets) - TRAILER.size
+            if room < 0:
+                raise StoreFull(
+                    f"{shown(self._folder.path(self._temp))}: quota reached after {end} B; nothing of it was stored"
+                )
+            ahead = min(ahead, room)
         try:
             os.posix_fallocate(self._fd, self._reserved, end + ahead - self._reserved)
             self._reserved = end + ahead

@@ -120,9 +120,10 @@ def _salvage(folder: Folder, kept: str) -> _Old:
         ("SELECT file, at FROM used", lambda file, at: old.used.update({bytes(file): int(at)})),
         ("SELECT manifest, path FROM blobs WHERE kind=1 AND manifest IS NOT NULL", linked),
     )
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(
-        sqlite3.connect(f"{folder.path(kept).as_uri()}?mode=rw", uri=True)
-    ) as db:
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(f"{folder.path(kept).as_uri()}?mode=rw", uri=True)) as db,
+    ):
         for sql, take in tables:
             with contextlib.suppress(sqlite3.Error, ValueError, TypeError):
                 for row in db.execute(sql):
@@ -304,9 +305,7 @@ class _Rebuild:
             row = core.insert_manifest(manifest, complete=complete, written=False)
             best = catalog.manifests(manifest.file_hash)[0]
             catalog.put_file(row.file_hash, best.hash, manifest.size, stored_at, False, None)
-            catalog.many(
-                "INSERT OR IGNORE INTO names VALUES(?,?,?)", ((row.file_hash, name, at) for name, at in names)
-            )
+            catalog.many("INSERT OR IGNORE INTO names VALUES(?,?,?)", ((row.file_hash, name, at) for name, at in names))
             if row.file_hash in old.pins:
                 catalog.execute("INSERT OR IGNORE INTO pins VALUES(?,?)", (row.file_hash, old.pins[row.file_hash]))
             if row.file_hash in old.used:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +19,7 @@ from fastcas.errors import (
     StoreNotFound,
     UsageError,
 )
+from fastcas.ids import short
 from fastcas.metadata import Manifest
 from fastcas.store import adopt as _adopt
 from fastcas.store import ingest as _ingest
@@ -30,6 +33,7 @@ from fastcas.store.catalog import ADVICE, Catalog
 from fastcas.store.collection import Collection
 from fastcas.store.core import Core
 from fastcas.store.paths import BLOB_DIR, MANIFEST_DIR, QUARANTINE_DIR, Folder, root_of, shown
+from fastcas.store.quota import Quota, ingest_bound, manifest_bound
 from fastcas.store.rebuild import CATALOG
 from fastcas.store.rebuild import rebuild as _rebuild
 from fastcas.store.scrub import Scrub
@@ -64,6 +68,7 @@ class Store:
     def __init__(self, core: Core, lock_fd: int) -> None:
         self._core = core
         self._lock_fd = lock_fd
+        self._quota = Quota(core)
         self._identity: bytes | None = None
 
     @classmethod
@@ -192,6 +197,25 @@ class Store:
             self._identity = seed
         return self._identity
 
+    # --- quota ---
+
+    @property
+    def quota(self) -> Quota:
+        """The limit of this folder, reservations, and who waits for workers and hears of evictions."""
+        return self._quota
+
+    @contextlib.contextmanager
+    def _admit_manifest(self, manifest: Manifest) -> Iterator[None]:
+        """A manifest must fit by itself: whoever wants its file has reserved more. Raises StoreFull."""
+        bound = manifest_bound(len(manifest.data))
+        with self._quota.admit(bound, held=True) as budget:
+            if budget is not None and budget < bound and self._core.catalog.manifest(manifest.manifest_hash) is None:
+                raise StoreFull(
+                    f"manifest {short(manifest.manifest_hash)}: {bound} B more than the quota of {self._quota.limit} B "
+                    "allows; it was not kept"
+                )
+            yield
+
     # --- storing ---
 
     def store_file(
@@ -231,11 +255,13 @@ class Store:
             if in_place:
                 self._check_same(absolute, source)
                 _linked.make_way(self._core, os.fsencode(absolute), source.identity)
-            with _ingest.Ingest(self._core) as ingest:
+            title = name or shown(os.path.basename(absolute))
+            bound = ingest_bound(source.size, chunk_size, parity, in_place=in_place)
+            with self._quota.admit(bound, title) as budget, _ingest.Ingest(self._core, budget) as ingest:
                 staged = ingest.add(source, chunk_size=chunk_size, parity=parity, in_place=in_place, progress=progress)
                 if in_place:
                     self._check_same(absolute, source)
-                entry = _ingest.Entry(staged, name or shown(os.path.basename(absolute)))
+                entry = _ingest.Entry(staged, title)
                 ingest.publish([entry])
         finally:
             source.close()
@@ -276,7 +302,7 @@ class Store:
             FileChanged, StoreFull, StoreError, PermissionDenied: As for `store_file`; nothing was stored.
         """
         return _tree.store_tree(
-            self._core, path, name=name, chunk_size=chunk_size, parity=parity, in_place=in_place,
+            self._core, self._quota, path, name=name, chunk_size=chunk_size, parity=parity, in_place=in_place,
             posix_names=posix_names, progress=progress,
         )  # fmt: skip
 
@@ -287,7 +313,8 @@ class Store:
         only. The number is forgotten by `register_linked` of the same inode, `abandon_linked`, or at the next
         open.
         """
-        return _linked.begin_linked(self._core, path, manifest)
+        with self._admit_manifest(manifest):
+            return _linked.begin_linked(self._core, path, manifest)
 
     def abandon_linked(self, number: int) -> None:
         """Forget a part file's blob; the listener hears of its removal."""
@@ -306,7 +333,8 @@ class Store:
         Raises:
             FileChanged: Size or bytes are not the manifest's.
         """
-        return _linked.register_linked(self._core, path, manifest, name, verified=verified)
+        with self._admit_manifest(manifest):
+            return _linked.register_linked(self._core, path, manifest, name, verified=verified)
 
     def register_tree(
         self,
@@ -336,12 +364,14 @@ class Store:
         Cost: one read and one write of the small files, one commit; no byte of the large files that are proven.
         """
         return _adopt.register_tree(
-            self._core, path, collection, manifest, name, members=members, identities=identities, progress=progress
-        )
+            self._core, self._quota, path, collection, manifest, name, members=members,
+            identities=identities, progress=progress,
+        )  # fmt: skip
 
     def add_manifest(self, manifest: Manifest) -> None:
         """Keep a manifest and report it. `gc` drops it again if neither a file nor a part file needs it."""
-        _linked.add_manifest(self._core, manifest)
+        with self._admit_manifest(manifest):
+            _linked.add_manifest(self._core, manifest)
 
     # --- asking ---
 
@@ -370,6 +400,10 @@ class Store:
     def pin(self, file_hash: bytes, pinned: bool = True) -> bool:
         """Keep a file whatever happens to its names, or no longer. Returns False if it is not known."""
         return _listing.pin(self._core, file_hash, pinned)
+
+    def touch(self, file_hashes: Iterable[bytes]) -> None:
+        """Note that files were asked for now; eviction takes the longest unused first."""
+        _listing.touch(self._core, file_hashes, int(time.time()))
 
     def has_chunk(self, key: bytes) -> bool:
         """Whether the catalog knows an extent of the chunk."""
@@ -404,9 +438,11 @@ class Store:
         """Return counts and bytes.
 
         logical: content of all named files and members; stored: chunk bytes in owned blobs; linked: in users'
-        files; shared: what the chunks of all files would take without sharing, less what they take.
+        files; shared: what the chunks of all files would take without sharing, less what they take; quota: the limit, 0
+        for none; used: what counts against it, 0 without one.
         """
-        return _listing.stats(self._core)
+        used = self._quota.used() if self._quota.limit is not None else 0
+        return _listing.stats(self._core) | {"quota": self._quota.limit or 0, "used": used}
 
     def load(self, listener: StoreListener) -> None:
         """Replay everything that is live to a listener, in large batches.
@@ -431,6 +467,7 @@ class Store:
             ManifestCorrupt: A manifest cannot be read; nothing was freed.
         """
         report = self._with_reserve(lambda: _maintain.gc(self._core, barrier))
+        self._quota.forget()
         self._core.folder.make_reserve()
         return report
 
@@ -521,7 +558,7 @@ class Store:
         if blob is not None:
             _maintain.withdraw(self._core, blob, reason)
 
-    def migrate(self, old_dir: str | os.PathLike[str]) -> MigrateReport:
+    def migrate(self, old_dir: str | os.PathLike[str], *, progress: Progress | None = None) -> MigrateReport:
         """Import the older layout (`hashed_files/<hash>` with `cas_index.json`); see docs/MIGRATION_GUIDE.md.
 
         Every byte is checked against its name; what is left out is in the report.
@@ -529,7 +566,7 @@ class Store:
             NotFound: No such folder, or no index in it.
             UsageError: The index is not one of the accepted shapes.
         """
-        return _migrate.migrate(self._core, old_dir)
+        return _migrate.migrate(self._core, self._quota, old_dir, progress)
 
     def index_json(self) -> dict[str, object]:
         """Return what `cas_index.json` of the older layout would say about this store."""

@@ -32,12 +32,14 @@ from fastcas.store.core import Core, identity_of
 from fastcas.store.ingest import Entry, Ingest, stored_file
 from fastcas.store.linked import make_way
 from fastcas.store.paths import os_errors, shown, translate
+from fastcas.store.quota import Quota, ingest_bound
 from fastcas.store.sources import BytesSource, ChainSource, FileSource, Part, open_user_file
 from fastcas.store.types import Identity, Progress, StoredFile
 
 __all__ = ["store_tree"]
 
 PACK_B = 64 << 20
+ENTRY_B = 80  # of a collection per file, beside its path
 BAD_SHOWN = 20
 
 
@@ -112,6 +114,7 @@ def _packs(leaves: list[_Leaf]) -> Iterator[list[_Leaf]]:
 
 def store_tree(
     core: Core,
+    quota: Quota,
     path: str | os.PathLike[str],
     *,
     name: str | None,
@@ -143,13 +146,14 @@ def store_tree(
         except CollectionCorrupt as exc:
             raise UsageError(f"{shown(path)}: cannot be stored: {exc}") from exc
         title = name or shown(os.path.basename(root) or "root")
-        return _ingest(core, root_fd, root, title, scan, chunk_size, parity, in_place, progress)
+        return _ingest(core, quota, root_fd, root, title, scan, chunk_size, parity, in_place, progress)
     finally:
         os.close(root_fd)
 
 
 def _ingest(
     core: Core,
+    quota: Quota,
     root_fd: int,
     root: str,
     title: str,
@@ -174,7 +178,12 @@ def _ingest(
         SmallEntry(leaf.path, leaf.executable, 0, EMPTY_SHA256, 0, 0) for leaf in scan.leaves if not leaf.identity.size
     ]
     packs: list[PackEntry] = []
-    with Ingest(core) as ingest:
+    bound = sum(ingest_bound(leaf.identity.size, chunk_size, parity, in_place=in_place) for leaf in large)
+    for pack in _packs(small):
+        bound += ingest_bound(sum(leaf.identity.size for leaf in pack), chunk_size, parity)
+    described = sum(2 * len(leaf.path) + ENTRY_B for leaf in scan.leaves) + sum(2 * len(path) + 2 for path in scan.dirs)
+    bound += ingest_bound(described, chunk_size, parity)
+    with quota.admit(bound, title) as budget, Ingest(core, budget) as ingest:
         for pack in _packs(small):
             parts = [
                 Part(shown(os.path.join(root, leaf.path)), leaf.identity.size, _opener(root_fd, leaf), leaf.identity)
