@@ -119,7 +119,7 @@ def store_command(
     fd = _open_source(path)
     try:
         args["is_dir"] = os.path.isdir(f"/proc/self/fd/{fd}")
-        args["name"] = os.path.basename(os.path.realpath(path))
+        args["name"] = os.fsencode(os.path.basename(os.path.realpath(path))).decode(errors="backslashreplace")
         with _access(storage_dir, create=True) as access, ProgressShow("storing", as_json=as_json) as show:
             stored = access.call("store", args, [] if args["is_dir"] else [fd], show)
     finally:
@@ -134,15 +134,15 @@ def store_command(
 def _open_source(path: str) -> int:
     if not path:
         raise UsageError("PATH: expected a path, got ''")
-    shown = escape_for_terminal(path)
+    shown = escape_for_terminal(os.fsencode(path).decode(errors="backslashreplace"))
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as exc:
-        raise NotFound(f"{shown}: no such file or directory") from exc
+        raise NotFound(f"{shown}: no such file or directory").about((shown, "no such file or directory")) from exc
     except PermissionError as exc:
-        raise PermissionDenied(f"{shown}: permission denied") from exc
+        raise PermissionDenied(f"{shown}: permission denied").about((shown, "permission denied")) from exc
     except OSError as exc:
-        raise UsageError(f"PATH: {shown}: {exc.strerror}") from exc
+        raise UsageError(f"PATH: {shown}: {exc.strerror}").about((shown, exc.strerror or str(exc))) from exc
 
 
 @command.command("get")

@@ -15,6 +15,7 @@ from typing import Any
 from fastcas.errors import Interrupted, NotFound, UsageError
 from fastcas.ids import Link, PeerAddr, parse_ref, short
 from fastcas.store import FileRow, Scrub, Store, StoredFile
+from fastcas.store.paths import shown
 
 __all__ = ["LOCAL_OPERATIONS", "Operations", "file_row_to_map"]
 
@@ -27,6 +28,7 @@ LOCAL_OPERATIONS = frozenset({"store", "ls", "info", "rm", "gc", "migrate", "ind
 def file_row_to_map(row: FileRow) -> dict[str, Any]:
     """Return a row as people and scripts see it: hashes in hex."""
     values = {name: getattr(row, name) for name in _ROW_FIELDS}
+    values["path"] = None if row.path is None else shown(row.path)
     return values | {"file_hash": row.file_hash.hex(), "manifest_hash": row.manifest_hash.hex()}
 
 
@@ -119,7 +121,8 @@ class Operations:
             )  # fmt: skip
         peers, dht = self._advertised()
         link = dataclasses.replace(Link.parse(stored.link), peers=tuple(peers), dht=tuple(dht))
-        return dataclasses.asdict(stored) | {"link": str(link)}
+        where = None if stored.path is None else shown(stored.path)
+        return dataclasses.asdict(stored) | {"link": str(link), "path": where}
 
     def _do_ls(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
         return {"files": [file_row_to_map(row) for row in self.store.files()]}

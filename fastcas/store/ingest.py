@@ -264,7 +264,7 @@ class Ingest:
                     source.finish()
                     raise FileChanged(
                         f"{source.label}: ended after {i * step + got} B of {size} B; nothing of it was stored"
-                    )
+                    ).about((source.label, "changed while it was read"))
                 encoding = encoder.submit(code.encode, slot, want, unit) if code is not None else None
                 if i + 1 < n_steps:
                     following = slots[(i + 1) % SLOTS]

@@ -8,13 +8,13 @@ commit, so a tree is never half there.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from fastcas.errors import CollectionCorrupt, FileChanged, UsageError
-from fastcas.ids import escape_for_terminal
+from fastcas.errors import CollectionCorrupt, FileChanged, PermissionDenied, UsageError
 from fastcas.limits import COLLECTION_FILES_MAX
 from fastcas.metadata import EMPTY_SHA256
 from fastcas.store.beneath import beneath
@@ -41,6 +41,7 @@ __all__ = ["store_tree"]
 PACK_B = 64 << 20
 ENTRY_B = 80  # of a collection per file, beside its path
 BAD_SHOWN = 20
+BAD_LISTED = 1000
 
 
 @dataclass(slots=True)
@@ -54,10 +55,11 @@ class _Leaf:
 class _Scan:
     dirs: list[str] = field(default_factory=list)
     leaves: list[_Leaf] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    n_denied: int = 0
 
     def refuse(self, path: str, why: str) -> None:
-        self.bad.append(f"'{escape_for_terminal(path)}' {why}")
+        self.bad.append((shown(path), why))
 
 
 def _scan(dir_fd: int, prefix: str, depth: int, out: _Scan, posix_names: bool) -> None:
@@ -70,16 +72,20 @@ def _scan(dir_fd: int, prefix: str, depth: int, out: _Scan, posix_names: bool) -
         try:
             check_path(path, posix_names=posix_names)
         except CollectionCorrupt as exc:
-            out.bad.append(str(exc).removeprefix("collection: path "))
+            out.refuse(path, str(exc).removeprefix("collection: path ").partition(": '")[0])
             continue
         info = entry.stat(follow_symlinks=False)
         if stat.S_ISREG(info.st_mode):
+            if not os.access(entry.name, os.R_OK, dir_fd=dir_fd, effective_ids=True):
+                out.n_denied += 1
+                out.refuse(path, "cannot be read (Permission denied)")
             out.leaves.append(_Leaf(path, bool(info.st_mode & 0o111), identity_of(info)))
         elif stat.S_ISDIR(info.st_mode) and depth < DEPTH_MAX:
             out.dirs.append(path)
             try:
                 fd = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
             except OSError as exc:
+                out.n_denied += exc.errno == errno.EACCES
                 out.refuse(path, f"cannot be opened ({exc.strerror})")
                 continue
             try:
@@ -138,8 +144,10 @@ def store_tree(
             _scan(root_fd, "", 1, scan, posix_names)
         if scan.bad:
             more = f" and {len(scan.bad) - BAD_SHOWN} more" if len(scan.bad) > BAD_SHOWN else ""
-            raise UsageError(
-                f"{shown(path)}: cannot be stored: {'; '.join(scan.bad[:BAD_SHOWN])}{more}; nothing of it was stored"
+            names = "; ".join(f"'{bad}' {why}" for bad, why in scan.bad[:BAD_SHOWN])
+            kind = PermissionDenied if scan.n_denied == len(scan.bad) else UsageError
+            raise kind(f"{shown(path)}: cannot be stored: {names}{more}; nothing of it was stored").about(
+                *((shown(os.path.join(root, bad)), why) for bad, why in scan.bad[:BAD_LISTED])
             )
         try:
             check_paths(scan.dirs, [leaf.path for leaf in scan.leaves], posix_names=posix_names)
