@@ -168,6 +168,7 @@ class Quota:
         assert self.limit is not None
         evicted: list[bytes] = []
         short = 0
+        is_swept = False
         self.forget()
         try:
             for _ in range(ROUNDS):
@@ -176,8 +177,10 @@ class Quota:
                     return
                 short += missing if evicted else 0
                 doomed = self._doomed(wanted + short)
-                if doomed is None:
+                if doomed is None and is_swept:
                     break
+                is_swept = True  # by the gc below, of what a kill or a removal left
+                doomed = doomed or []
                 for file_hash in doomed:
                     remove(self._core, file_hash)
                 evicted += doomed

@@ -129,7 +129,7 @@ if os.environ.get("FASTCAS_KILL_POINTS"):  # `make store-kill-points`: minutes
     @pytest.mark.parametrize("operation", ["store_file", "store_tree", "in_place", "gc", "migrate", "evict", "rebuild"])
     def test_killed_at_every_call_of_many_files(tmp_path: Path, operation: str) -> None:
         folder = tmp_path / "points"
-        prepare(folder, operation, 750, n_more=25)
+        prepare(folder, operation, 1200, n_more=25)
         statuses = strike(folder, operation, list(KINDS), "signal=SIGKILL", 1, timeout_s=400)
         assert set(statuses) == {-9, 0}
         check(folder, range(1, len(statuses) + 1), damaged=False)
