@@ -10,7 +10,8 @@ C_FILES := $(shell find csrc -name '*.c')
 C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
 .PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean parity-patterns
-.PHONY: evil-peers kill-points dht-hostile dht-real dht-attacks dht-churn bench-dht bench-swarm swarm-sim
+.PHONY: evil-peers kill-points store-kill-points power-cuts dht-hostile dht-real dht-attacks dht-churn bench-dht
+.PHONY: bench-swarm swarm-sim
 
 build: $(STAMP)
 
@@ -56,6 +57,15 @@ evil-peers: build
 # Files that heal, end to end, with a 256 MiB file: offline and across three nodes
 heal: build
 	FASTCAS_HEAL_MIB=256 $(PY) -m pytest -q --timeout 900 tests/process/test_healing.py
+
+# The store killed at each of some 2,000 system calls of ingest, gc, eviction, migrate and rebuild; about ten minutes
+store-kill-points: build tools
+	FASTCAS_KILL_POINTS=1 FASTCAS_STRIKE=600 $(PY) -m pytest -q -s --timeout 1800 tests/faults/test_store_faults.py \
+	    -k many_files
+
+# 60 power cuts of an ext4 on a loop device under a writing store; needs root
+power-cuts: build
+	FASTCAS_POWER_CUTS=60 $(PY) -m pytest -q -s --timeout 1800 tests/faults/test_store_power.py
 
 # A DHT node against 100,000 spoofed requests and 1,000,000 mutated datagrams; prints the rates
 dht-hostile: build

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from fastcas.errors import ConfigError, PermissionDenied
-from fastcas.ids import PeerAddr, parse_peer, parse_rate
+from fastcas.ids import PeerAddr, parse_peer, parse_quota, parse_rate
 from fastcas.limits import DATA_PORT, DHT_PORT, WORKERS_MAX
 
 __all__ = [
@@ -59,6 +59,10 @@ SETTINGS = {
     "admin_port": Setting("port", "PORT", "HTTP status and metrics on 127.0.0.1 at this TCP port; 0 = off"),
     "max_download": Setting("rate", "RATE", "limit of all downloads through this node together, bytes per second"),
     "max_upload": Setting("rate", "RATE", "limit of all uploads together, bytes per second"),
+    "quota": Setting(
+        "size", "SIZE|none", "disk that stored chunks may take, remembered in the storage folder; the longest unused "
+        "files that are not pinned are removed for others",
+    ),
     "send_path": Setting("choice", "|".join(SEND_PATHS), "how chunks are sent"),
 }
 
@@ -124,6 +128,7 @@ class NodeConfig:
     admin_port: int = 0
     max_download: str = ""
     max_upload: str = ""
+    quota: str = ""
     send_path: str = "auto"
     dht_port_required: bool = False
 
@@ -154,6 +159,8 @@ class NodeConfig:
         if self.max_upload:
             parse_rate(self.max_upload, "--max-upload")
         self.max_download_rate()
+        if self.quota:
+            parse_quota(self.quota, "--quota")
         self.bootstrap_peers()
         self.static_peers()
         if self.network_key:

@@ -7,7 +7,7 @@ call may succeed later without a change; `blame` says whose fault it is: "peer" 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 __all__ = [
     "BlobTruncated",
@@ -51,11 +51,20 @@ __all__ = [
 
 
 class FastCASError(Exception):
-    """Root of the tree; raised itself only when nothing below fits (exit 1)."""
+    """Root of the tree; raised itself only when nothing below fits (exit 1).
+
+    `paths` names what on disk is at fault, (path, reason) each, escaped for a terminal.
+    """
 
     exit_code: int = 1
     retryable: bool = False
     blame: Literal["peer", "local"] = "local"
+    paths: tuple[tuple[str, str], ...] = ()
+
+    def about(self, *paths: tuple[str, str]) -> Self:
+        """Name what is at fault; returns the error."""
+        self.paths = paths
+        return self
 
 
 class UsageError(FastCASError, ValueError):

@@ -23,6 +23,7 @@ __all__ = [
     "parse_hash",
     "parse_parity",
     "parse_peer",
+    "parse_quota",
     "parse_rate",
     "parse_ref",
     "parse_size",
@@ -161,6 +162,15 @@ def parse_chunk_size(text: str, argument: str = "chunk_size") -> int | None:
 def parse_rate(text: str, argument: str = "rate") -> int:
     """Return bytes per second; the grammar of `parse_size`."""
     return parse_size(text, argument)
+
+
+def parse_quota(text: str, argument: str = "quota") -> int | None:
+    """Return bytes, the grammar of `parse_size`; None for "none".
+
+    Raises:
+        UsageError: Any other text.
+    """
+    return None if text == "none" else parse_size(text, argument)
 
 
 def parse_parity(text: str, argument: str = "parity") -> tuple[int, int]:

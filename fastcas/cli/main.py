@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from fastcas.cli.options import (
 )  # fmt: skip
 from fastcas.cli.render import ProgressShow, bytes_text, print_json, print_line, print_table
 from fastcas.cli.runner import resume_hint, run_command
+from fastcas.config import storage_root
 from fastcas.errors import DamageFound, NotFound, PermissionDenied, UsageError
 from fastcas.ids import (
     escape_for_terminal,
     parse_chunk_size,
     parse_parity,
     parse_peer,
+    parse_quota,
     parse_rate,
     parse_ref,
     parse_subset,
@@ -56,9 +59,10 @@ def command() -> None:
 @click.option("--chunk-size", metavar="SIZE|auto", default="auto", show_default=True, help="16KiB to 16MiB")
 @click.option("--parity", metavar="K+M", help="M parity chunks for every K data chunks")
 @click.option("--in-place", is_flag=True, help="seed from the file where it is, without a copy")
+@click.option("--quota", metavar="SIZE|none", help="set the storage folder's quota first; it is remembered")
 @json_option
 def store_command(
-    path: str, storage_dir: str, chunk_size: str, parity: str | None, in_place: bool, as_json: bool
+    path: str, storage_dir: str, chunk_size: str, parity: str | None, in_place: bool, quota: str | None, as_json: bool
 ) -> None:
     """Store a file or directory, and announce it if a node runs on the storage folder."""
     args: dict[str, Any] = {
@@ -67,10 +71,12 @@ def store_command(
         "parity": list(parse_parity(parity, "--parity")) if parity is not None else None,
         "in_place": in_place,
     }
+    if quota is not None:
+        args["quota"] = parse_quota(quota, "--quota")
     fd = _open_source(path)
     try:
         args["is_dir"] = os.path.isdir(f"/proc/self/fd/{fd}")
-        args["name"] = os.path.basename(os.path.realpath(path))
+        args["name"] = os.fsencode(os.path.basename(os.path.realpath(path))).decode(errors="backslashreplace")
         with open_storage(storage_dir, create=True) as access, ProgressShow("storing", as_json=as_json) as show:
             stored = access.call("store", args, [] if args["is_dir"] else [fd], show)
     finally:
@@ -85,15 +91,15 @@ def store_command(
 def _open_source(path: str) -> int:
     if not path:
         raise UsageError("PATH: expected a path, got ''")
-    shown = escape_for_terminal(path)
+    shown = escape_for_terminal(os.fsencode(path).decode(errors="backslashreplace"))
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as exc:
-        raise NotFound(f"{shown}: no such file or directory") from exc
+        raise NotFound(f"{shown}: no such file or directory").about((shown, "no such file or directory")) from exc
     except PermissionError as exc:
-        raise PermissionDenied(f"{shown}: permission denied") from exc
+        raise PermissionDenied(f"{shown}: permission denied").about((shown, "permission denied")) from exc
     except OSError as exc:
-        raise UsageError(f"PATH: {shown}: {exc.strerror}") from exc
+        raise UsageError(f"PATH: {shown}: {exc.strerror}").about((shown, exc.strerror or str(exc))) from exc
 
 
 @command.command("get")
@@ -293,8 +299,12 @@ def _status_rows(status: dict[str, Any]) -> list[list[str]]:
     rows += [
         ["files", str(kept["files"])],
         ["chunks", str(kept["chunks"])],
-        ["stored", f"{stored} of {logical}, {linked} in place"],
+        ["logical", logical],
+        ["stored", f"{stored}, {linked} in place"],
+        ["shared", bytes_text(kept["shared"])],
     ]
+    if kept["quota"]:
+        rows.append(["quota", f"{bytes_text(kept['used'])} of {bytes_text(kept['quota'])}"])
     scrub = status.get("scrub") or {}
     if "bytes" in scrub:
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(scrub["finished_at"]))
@@ -376,6 +386,34 @@ def rm_command(ref: str, storage_dir: str, as_json: bool) -> None:
         print_line(f"Removed {result['file_hash']}; run gc to free its space")
 
 
+@command.command("pin")
+@click.argument("ref", metavar="REF")
+@storage_option
+@json_option
+def pin_command(ref: str, storage_dir: str, as_json: bool) -> None:
+    """Keep a file: the quota never takes it."""
+    _pin("pin", ref, storage_dir, as_json)
+
+
+@command.command("unpin")
+@click.argument("ref", metavar="REF")
+@storage_option
+@json_option
+def unpin_command(ref: str, storage_dir: str, as_json: bool) -> None:
+    """Let the quota take a file again."""
+    _pin("unpin", ref, storage_dir, as_json)
+
+
+def _pin(op: str, ref: str, storage_dir: str, as_json: bool) -> None:
+    link = parse_ref(ref)
+    with open_storage(storage_dir) as access:
+        result = access.call(op, {"ref": str(link)})
+    if as_json:
+        print_json(result)
+    else:
+        print_line(f"{'Pinned' if result['pinned'] else 'Unpinned'} {result['file_hash']}")
+
+
 @command.command("gc")
 @storage_option
 @json_option
@@ -389,6 +427,28 @@ def gc_command(storage_dir: str, as_json: bool) -> None:
         print_line(f"Freed {bytes_text(result['bytes_freed'])} of {result['chunks']} chunks")
 
 
+@command.command("rebuild")
+@storage_option
+@json_option
+def rebuild_command(storage_dir: str, as_json: bool) -> None:
+    """Make a new catalog from the manifests and blobs on disk, every byte checked."""
+    from fastcas.store import Store
+
+    with ProgressShow("reading", as_json=as_json) as show:
+        report = Store.rebuild(
+            storage_root(storage_dir), progress=lambda done, total: show({"done": done, "total": total})
+        )
+    if as_json:
+        print_json(asdict(report))
+        return
+    for subject, reason in report.left_out:
+        sys.stderr.write(f"left out {subject}: {reason}\n")
+    incomplete = f", {report.incomplete} of them incomplete" if report.incomplete else ""
+    print_line(f"{report.files} files{incomplete}, {report.chunks} chunks, {bytes_text(report.bytes)} checked")
+    if report.old_catalog is not None:
+        sys.stderr.write(f"the old catalog is kept as {escape_for_terminal(report.old_catalog)}\n")
+
+
 @command.command("migrate")
 @click.argument("old_dir", metavar="DIR")
 @storage_option
@@ -396,8 +456,8 @@ def gc_command(storage_dir: str, as_json: bool) -> None:
 def migrate_command(old_dir: str, storage_dir: str, as_json: bool) -> None:
     """Import a storage folder of the older layout."""
     path = os.fsencode(os.path.realpath(old_dir))
-    with open_storage(storage_dir, create=True) as access:
-        result = access.call("migrate", {"path": path})
+    with open_storage(storage_dir, create=True) as access, ProgressShow("migrating", as_json=as_json) as show:
+        result = access.call("migrate", {"path": path}, on_progress=show)
     if as_json:
         print_json(result)
         return

@@ -5,6 +5,8 @@ Owns the process's exit status. A traceback is shown only with FASTCAS_DEBUG=1.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
 import traceback
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 import click
 
 from fastcas.cli.start import raise_interrupts
-from fastcas.errors import FastCASError, Interrupted
+from fastcas.errors import FastCASError, Interrupted, UsageError
 from fastcas.ids import escape_for_terminal
 
 __all__ = ["complain", "resume_hint", "run_command"]
@@ -36,6 +38,20 @@ def complain(text: str) -> None:
         pass
 
 
+def _report(words: Sequence[str], program: str, error: FastCASError) -> None:
+    """Say what went wrong: one line, with `--json` one object with the same as fields."""
+    if "--json" not in words:
+        complain(f"{program}: {error}")
+        return
+    values = {
+        "type": type(error).__name__, "message": str(error), "exit_code": error.exit_code,
+        "retryable": error.retryable, "paths": [{"path": path, "reason": reason} for path, reason in error.paths],
+    }  # fmt: skip
+    with contextlib.suppress(OSError):
+        sys.stderr.write(json.dumps({"error": values}, separators=(",", ":")) + "\n")
+        sys.stderr.flush()
+
+
 def run_command(command: click.Command, program: str, arguments: Sequence[str] | None = None) -> int:
     """Run a click command and return the exit status of architecture §9."""
     try:
@@ -50,16 +66,16 @@ def run_command(command: click.Command, program: str, arguments: Sequence[str] |
 
 def _invoke(command: click.Command, program: str, arguments: Sequence[str] | None) -> int:
     is_debugged = os.environ.get("FASTCAS_DEBUG") == "1"
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         raise_interrupts()
         # Not command.main(): it has its own ideas of Ctrl-C and of a closed pipe.
-        words = list(sys.argv[1:] if arguments is None else arguments)
         with command.make_context(program, words) as context:
             result = command.invoke(context)
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        complain(f"{program}: {error.format_message()}")
+        _report(words, program, UsageError(error.format_message()))
         return 2
     except (click.Abort, KeyboardInterrupt, Interrupted):
         hint = f"; resume with: {_RESUME[0]}" if _RESUME else ""
@@ -68,7 +84,7 @@ def _invoke(command: click.Command, program: str, arguments: Sequence[str] | Non
     except FastCASError as error:
         if is_debugged:
             traceback.print_exc()
-        complain(f"{program}: {error}")
+        _report(words, program, error)
         return error.exit_code
     except BrokenPipeError:
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -136,6 +136,7 @@ class Settings:
     origins: Sequence[str] = ()
     pace: Pace | None = None
     known: Sequence[Manifest] = ()
+    reserve: Callable[[Manifest, Collection | None], Awaitable[None]] | None = None
 
     def origins_of_file(self) -> list[str]:
         """Return the origins that name a file; the others name a collection's folder."""
@@ -167,6 +168,7 @@ async def download(
     origins: Sequence[str] = (),
     pace: Pace | None = None,
     known: Sequence[Manifest] = (),
+    reserve: Callable[[Manifest, Collection | None], Awaitable[None]] | None = None,
 ) -> DownloadResult:
     """Fetch a file from everybody who has it, prove it, and put it at its place.
 
@@ -188,6 +190,8 @@ async def download(
             collection's files at their paths.
         pace: Limit of the rate, all peers and origins together.
         known: Manifests that this machine has of the file: used where nobody gives one.
+        reserve: Awaited before the bytes of a file, or (then with it) the files of a collection are fetched; what it
+            raises ends the download.
     Returns:
         The result; for a collection, of the folder.
     Raises:
@@ -202,6 +206,7 @@ async def download(
     settings = Settings(
         discovery, tuple(peers), local, node_id, data_port, timeout_s, stall_timeout_s, hooks, progress,
         trust_resume, force, raw, folder, callers, [parse_origin(url, "origin") for url in origins], pace, known,
+        reserve,
     )  # fmt: skip
     from fastcas.fetch.filefetch import FileFetch
     from fastcas.fetch.receiver import AsyncReceiver

@@ -157,6 +157,8 @@ class FileFetch:
         """Get every chunk of the manifest into the part file; returns whether the content is proven."""
         assert self._out is not None
         out = self._out
+        if self.settings.reserve is not None:
+            await self.settings.reserve(manifest, None)
         await asyncio.to_thread(prepare_folder, out.parent)
         is_direct = self.settings.data_port is None and manifest.size >= DIRECT_MIN
         self.part = await asyncio.to_thread(PartFile, out, manifest, is_direct=is_direct)

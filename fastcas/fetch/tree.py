@@ -87,6 +87,8 @@ async def fetch_tree(fetch: FileFetch, content: DownloadResult) -> DownloadResul
             raise DestinationExists(
                 f"{out}: exists with other content than {short(fetch.file_hash)}; it was left alone"
             )
+    if settings.reserve is not None:
+        await settings.reserve(content.manifest, collection)
     result = await tree.run()
     part.discard()
     return result
@@ -140,6 +142,7 @@ class _Tree:
             hooks=self._hooks,
             progress=self._progress(self._fetch.settings.progress),
             raw=True,
+            reserve=None,  # all of it is reserved
             force=True,  # inside our own work folder
             origins=origins,
             known=(),

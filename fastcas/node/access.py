@@ -22,6 +22,7 @@ from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
 from fastcas.node.control_client import ControlClient
 from fastcas.node.folder import SOCKET_NAME
 from fastcas.node.operations import LOCAL_OPERATIONS, Operations
+from fastcas.node.reservation import Reservation
 from fastcas.peers.discovery import CompositeDiscovery, Discovery, StaticDiscovery
 from fastcas.store import Store
 from fastcas.store.paths import shown
@@ -182,12 +183,13 @@ async def dht_client(args: dict[str, Any], link: Link, *, is_needed: bool) -> As
         await dht.close()
 
 
+async def _here(function: Callable[..., Any], *values: Any) -> Any:
+    await asyncio.sleep(0)  # an interrupt is noticed here
+    return function(*values)
+
+
 async def _verify(store: Store, args: dict[str, Any], on_progress: OnProgress | None) -> dict[str, Any]:
     from fastcas.node.verifying import RepairPeers, report_to_map, run_scrub
-
-    async def here(function: Callable[..., Any], *values: Any) -> Any:
-        await asyncio.sleep(0)  # an interrupt is noticed here
-        return function(*values)
 
     def progress(done: int, total: int) -> None:
         if on_progress is not None:
@@ -197,7 +199,7 @@ async def _verify(store: Store, args: dict[str, Any], on_progress: OnProgress | 
     scrub = Operations(store).begin_verify(args, can_ask=bool(named))
     peers = RepairPeers(named) if named and args.get("repair") else None
     try:
-        report = await run_scrub(scrub, here, peers=peers, rate_Bps=args.get("rate_Bps"), progress=progress)
+        report = await run_scrub(scrub, _here, peers=peers, rate_Bps=args.get("rate_Bps"), progress=progress)
     finally:
         if peers is not None:
             peers.close()
@@ -243,12 +245,15 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
         check_reachable(link, peers, args)
     rate = args.get("max_download_Bps")
     hooks = _Finished() if store is not None else None
+    reservation = Reservation(store, _here) if store is not None else None
     async with dht_client(args, link, is_needed=not peers and not link.peers) as dht:
         result = await download(
             link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s,
             stall_timeout_s=stall_s, hooks=hooks, progress=relay, raw=raw, force=force, origins=origins,
-            pace=Pace(rate) if rate else None, known=known,
+            pace=Pace(rate) if rate else None, known=known, reserve=reservation,
         )  # fmt: skip
+    if reservation is not None:
+        await reservation.release()
     if store is not None and hooks is not None:
         for path, manifest, is_proven in hooks.files:
             if is_proven:

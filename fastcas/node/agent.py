@@ -24,7 +24,7 @@ import msgpack
 from fastcas import hashing, parity
 from fastcas.config import NodeConfig
 from fastcas.errors import FastCASError, LocalProtocolError, PermissionDenied, StoreError
-from fastcas.ids import PeerAddr
+from fastcas.ids import PeerAddr, parse_quota
 from fastcas.limits import HEARTBEAT_S
 from fastcas.node import wire
 from fastcas.node.admin import AdminServer
@@ -54,6 +54,8 @@ Message = dict[str, Any]
 KEYS_DELAY_S = 0.5  # chunk keys that come within this time go into one snapshot
 PARTIALS_DELAY_S = 0.2  # likewise for what is left of incomplete files
 STOP_S = 8.0
+USED_S = 60.0  # how often it is written down which files peers fetch, for the order of eviction
+USED_MAX = 4096
 
 
 class Agent:
@@ -81,6 +83,7 @@ class Agent:
         self.started_at = time.monotonic()
         self._stats: dict[str, int] = {}
         self._stats_are_old = True
+        self._used: set[bytes] = set()
         self.chunks_generation = 0
         self.chunks_changed = asyncio.Event()  # set, and replaced, at every change
 
@@ -208,6 +211,10 @@ class Agent:
         self._stack.callback(self.partials.close)
         handler = RequestHandler(self)
         self.operations = Operations(self.store, barrier=self.publisher.barrier, advertised=self.advertised)
+        self.store.quota.barrier = self.publisher.barrier
+        self.store.quota.on_evicted = self._on_evicted
+        if self.config.quota:
+            await self.thread.run(self.store.quota.set_limit, parse_quota(self.config.quota, "--quota"))
         self.scrubber = Scrubber(self.store, self.thread.run, self.repair_peers, self.forget_stats)
         self._stack.push_async_callback(self._close_dht)
         self._stack.push_async_callback(self.announcer.close)
@@ -324,6 +331,11 @@ class Agent:
         """Have the whole node stop."""
         self._channel.send({"op": "stop"})
 
+    def _on_evicted(self, file_hashes: list[bytes]) -> None:
+        """In the store's thread: say that files are here no more."""
+        for file_hash in file_hashes:
+            self.loop.call_soon_threadsafe(self.announcer.withdraw, file_hash)
+
     def forget_stats(self) -> None:
         """The store changed: its figures have to be asked for anew."""
         self._stats_are_old = True
@@ -381,8 +393,27 @@ class Agent:
             match event:
                 case {"op": "peer"}:
                     self.swarmbook.on_peer(event)
+                    self._on_use(event.get("file_hash"))
                 case {"op": "withdraw", "blob": int(number)}:
                     self._spawn(self._withdraw(number, str(event.get("reason", ""))))
+
+    def _on_use(self, file_hash: object) -> None:
+        """Remember that a peer fetches a file; written down once a minute."""
+        if isinstance(file_hash, bytes) and len(file_hash) == 32 and len(self._used) < USED_MAX:
+            self._used.add(file_hash)
+            if "used" not in self._timers:
+                self._timers["used"] = self.loop.call_later(USED_S, self._write_used)
+
+    def _write_used(self) -> None:
+        del self._timers["used"]
+        used, self._used = self._used, set()
+        self._spawn(self._touch(used))
+
+    async def _touch(self, file_hashes: set[bytes]) -> None:
+        try:
+            await self.thread.run(self.store.touch, file_hashes)
+        except FastCASError as error:
+            log.warning("what was used is not written down error=%s", error)
 
     async def _withdraw(self, number: int, reason: str) -> None:
         log.warning("blob withdrawn blob=%d reason=%s", number, reason)

@@ -25,6 +25,7 @@ from fastcas.node.announcer import WHOLE, Announcement, Announcer
 from fastcas.node.download_report import ProgressRelay, result_to_map
 from fastcas.node.local_chunks import TableChunks
 from fastcas.node.publisher import Publish, Publisher
+from fastcas.node.reservation import Reservation
 from fastcas.node.seeding import Seeding
 from fastcas.node.store_thread import StoreThread
 from fastcas.peers.discovery import Discovery
@@ -158,6 +159,7 @@ class Downloads:
         local = TableChunks(self._publisher)
         seeding = Seeding(self._store, self._thread, self._publisher, self._publish, self._on_offered)
 
+        reservation = Reservation(self._store, self._thread.run)
         relay = ProgressRelay(on_progress)
         pace = self._pace if max_download_Bps is None else Pace(max_download_Bps, self._pace)
         known = await self._thread.run(self._store.manifests_of, link.file_hash) if origins else []
@@ -172,7 +174,7 @@ class Downloads:
                 link, out, discovery=self._discovery(), peers=[*peers, *self._named_peers], local=local,
                 node_id=self._node_id, data_port=self._data_port(), timeout_s=timeout_s,
                 stall_timeout_s=stall_timeout_s, hooks=seeding, progress=progress, raw=raw, force=force, folder=folder,
-                callers=self._callers, origins=origins, pace=pace, known=known,
+                callers=self._callers, origins=origins, pace=pace, known=known, reserve=reservation,
             )  # fmt: skip
             registering = [
                 asyncio.ensure_future(self._register(path, manifest, path.name))
@@ -188,6 +190,7 @@ class Downloads:
                 await asyncio.wait(registering, timeout=REGISTER_S)
         finally:
             await seeding.close()
+            await reservation.release()
             local.close()
             self._running.pop(number, None)
         log.info(

@@ -63,6 +63,7 @@ def export(
             _export_file(store, manifest, out, force=force, progress=progress)
     except _DamagedError:
         return None  # peers may have what is damaged here
+    store.touch([link.file_hash])
     return {
         "path": str(out), "file_hash": link.file_hash.hex(), "manifest_hash": manifest.manifest_hash.hex(),
         "size": size, "seconds": round(time.monotonic() - started, 3), "bytes_by_peer": {}, "resumed_bytes": 0,

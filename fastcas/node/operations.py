@@ -15,18 +15,20 @@ from typing import Any
 from fastcas.errors import Interrupted, NotFound, UsageError
 from fastcas.ids import Link, PeerAddr, parse_ref, short
 from fastcas.store import FileRow, Scrub, Store, StoredFile
+from fastcas.store.paths import shown
 
 __all__ = ["LOCAL_OPERATIONS", "Operations", "file_row_to_map"]
 
 OnProgress = Callable[[dict[str, Any]], None]
 Progress = Callable[[int, int], None]
 
-LOCAL_OPERATIONS = frozenset({"store", "ls", "info", "rm", "gc", "migrate", "index", "stats"})
+LOCAL_OPERATIONS = frozenset({"store", "ls", "info", "rm", "gc", "migrate", "index", "stats", "pin", "unpin"})
 
 
 def file_row_to_map(row: FileRow) -> dict[str, Any]:
     """Return a row as people and scripts see it: hashes in hex."""
     values = {name: getattr(row, name) for name in _ROW_FIELDS}
+    values["path"] = None if row.path is None else shown(row.path)
     return values | {"file_hash": row.file_hash.hex(), "manifest_hash": row.manifest_hash.hex()}
 
 
@@ -101,6 +103,8 @@ class Operations:
 
     def _do_store(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
         path = os.fsdecode(args["path"])
+        if "quota" in args:
+            self.store.quota.set_limit(None if args["quota"] is None else int(args["quota"]))
         parity = args.get("parity")
         shape = (int(parity[0]), int(parity[1])) if parity else None
         chunk_size = args.get("chunk_size")
@@ -117,7 +121,8 @@ class Operations:
             )  # fmt: skip
         peers, dht = self._advertised()
         link = dataclasses.replace(Link.parse(stored.link), peers=tuple(peers), dht=tuple(dht))
-        return dataclasses.asdict(stored) | {"link": str(link)}
+        where = None if stored.path is None else shown(stored.path)
+        return dataclasses.asdict(stored) | {"link": str(link), "path": where}
 
     def _do_ls(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
         return {"files": [file_row_to_map(row) for row in self.store.files()]}
@@ -141,6 +146,17 @@ class Operations:
         self.store.remove(row.file_hash)
         return {"file_hash": row.file_hash.hex(), "name": row.name, "size": row.size}
 
+    def _do_pin(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
+        return self._set_pin(args, True)
+
+    def _do_unpin(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
+        return self._set_pin(args, False)
+
+    def _set_pin(self, args: dict[str, Any], pinned: bool) -> dict[str, Any]:
+        row = self.row_of(args.get("ref"))
+        self.store.pin(row.file_hash, pinned)
+        return {"file_hash": row.file_hash.hex(), "name": row.name, "pinned": pinned}
+
     def _do_gc(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
         return dataclasses.asdict(self.store.gc(self._barrier))
 
@@ -160,7 +176,7 @@ class Operations:
         )  # fmt: skip
 
     def _do_migrate(self, args: dict[str, Any], fds: list[int], progress: Progress) -> dict[str, Any]:
-        report = self.store.migrate(os.fsdecode(args["path"]))
+        report = self.store.migrate(os.fsdecode(args["path"]), progress=progress)
         return {
             "files": [dataclasses.asdict(item) for item in report.files],
             "left_out": [list(item) for item in report.left_out],

@@ -23,9 +23,14 @@ _SHORT_NAMES = {"port_in_use": "PortInUse", "permission": "PermissionDenied", "n
 
 
 def error_to_map(error: BaseException) -> dict[str, Any]:
-    """Return {error, message, exit_code} of an error."""
-    exit_code = error.exit_code if isinstance(error, FastCASError) else 1
-    return {"error": type(error).__name__, "message": str(error) or type(error).__name__, "exit_code": exit_code}
+    """Return {error, message, exit_code, paths} of an error."""
+    ours = error if isinstance(error, FastCASError) else FastCASError()
+    return {
+        "error": type(error).__name__,
+        "message": str(error) or type(error).__name__,
+        "exit_code": ours.exit_code,
+        "paths": [list(pair) for pair in ours.paths],
+    }
 
 
 def error_from_map(values: dict[str, Any]) -> FastCASError:
@@ -34,7 +39,9 @@ def error_from_map(values: dict[str, Any]) -> FastCASError:
     known = getattr(errors, _SHORT_NAMES.get(name, name), None)
     message = str(values.get("message") or name or "unknown error")
     if isinstance(known, type) and issubclass(known, FastCASError):
-        return known(message)
+        paths = values.get("paths")
+        pairs = [pair for pair in paths if isinstance(pair, list) and len(pair) == 2] if isinstance(paths, list) else []
+        return known(message).about(*((str(path), str(reason)) for path, reason in pairs))
     return FastCASError(message if not name or name in message else f"{name}: {message}")
 
 
@@ -47,6 +54,7 @@ def config_to_map(config: NodeConfig) -> dict[str, Any]:
         "max_download": config.max_download,
         "max_upload": config.max_upload,
         "workers": config.workers,
+        "quota": config.quota,
     }
 
 
@@ -59,6 +67,7 @@ def config_from_map(values: dict[str, Any]) -> NodeConfig:
         admin_port=int(values.get("admin_port", 0)),
         max_download=str(values.get("max_download", "")),
         max_upload=str(values.get("max_upload", "")),
+        quota=str(values.get("quota", "")),
     )
 
 

@@ -13,6 +13,7 @@ from operator import attrgetter
 
 from fastcas.errors import FileChanged, UsageError
 from fastcas.ids import short
+from fastcas.limits import CHUNK_SIZE_AUTO, CHUNK_SIZE_MIN
 from fastcas.metadata import Manifest
 from fastcas.store.beneath import open_beneath
 from fastcas.store.catalog import GROWING
@@ -22,14 +23,16 @@ from fastcas.store.ingest import Entry, Ingest, Staged, stored_file
 from fastcas.store.linked import make_way
 from fastcas.store.maintain import forget_growing
 from fastcas.store.paths import shown, translate
+from fastcas.store.quota import Quota, ingest_bound
 from fastcas.store.sources import BytesSource, ChainSource, FileSource, Part, Source, require_regular
 from fastcas.store.types import Identity, Progress, StoredFile
 
-__all__ = ["register_tree"]
+__all__ = ["register_tree", "tree_bound"]
 
 
 def register_tree(
     core: Core,
+    quota: Quota,
     path: str | os.PathLike[str],
     collection: Collection,
     manifest: Manifest,
@@ -46,18 +49,30 @@ def register_tree(
     except OSError as exc:
         raise translate(exc, path, "opening it") from exc
     try:
-        return _Adoption(core, root, root_fd, members, progress).run(collection, manifest, name, identities)
+        return _Adoption(core, quota, root, root_fd, members, progress).run(collection, manifest, name, identities)
     finally:
         os.close(root_fd)
+
+
+def tree_bound(collection: Collection) -> int:
+    """Return what serving a fetched collection takes on disk at most: packs, its description, manifests."""
+    described = len(collection.encode())
+    return (
+        sum(ingest_bound(pack.size, CHUNK_SIZE_MIN, None) for pack in collection.packs)
+        + sum(ingest_bound(file.size, CHUNK_SIZE_AUTO, None, in_place=True) for file in collection.files)
+        + ingest_bound(described, CHUNK_SIZE_MIN, None)
+    )
 
 
 class _Adoption:
     """One tree on its way into the catalog."""
 
     def __init__(
-        self, core: Core, root: str, root_fd: int, members: Mapping[bytes, Manifest], progress: Progress | None
+        self, core: Core, quota: Quota, root: str, root_fd: int, members: Mapping[bytes, Manifest],
+        progress: Progress | None,
     ) -> None:
         self._core = core
+        self._quota = quota
         self._root = root
         self._root_fd = root_fd
         self._members = members
@@ -73,7 +88,7 @@ class _Adoption:
         for item in collection.small:
             if item.size:
                 small[item.pack].append(item)
-        with Ingest(self._core) as ingest:
+        with self._quota.admit(tree_bound(collection), held=True) as budget, Ingest(self._core, budget) as ingest:
             entries = []
             for number, pack in enumerate(collection.packs):
                 parts = self._parts(number, small[number], pack.size)

@@ -24,10 +24,12 @@ from collections.abc import Sequence
 
 import xxhash
 
-from fastcas.errors import CatalogCorrupt, StoreError
+from fastcas.errors import CatalogCorrupt, StoreError, StoreFull
 from fastcas.store.paths import BLOB_DIR, Folder, os_errors, shown, write_all
 
-__all__ = ["BlobWriter", "check_index", "decode_index", "encode_index", "open_for_change", "rewrite_index"]
+__all__ = [
+    "BlobWriter", "check_index", "decode_index", "encode_index", "index_start", "open_for_change", "rewrite_index",
+]  # fmt: skip
 
 MAGIC = b"FCASBLB1"
 ENTRY = struct.Struct("<32sQII")
@@ -77,6 +79,11 @@ def check_index(fd: int) -> bytes:
     return decode_index(fd)[0]
 
 
+def index_start(fd: int) -> int:
+    """Return where a blob's chunks end and its index begins. Raises CatalogCorrupt."""
+    return _trailer(fd)[0]
+
+
 def decode_index(fd: int) -> tuple[bytes, list[tuple[bytes, int, int]]]:
     """Return (catalog id, [(hash, offset, length)…]) of a blob.
 
@@ -103,9 +110,11 @@ class BlobWriter:
     Args:
         folder: The storage folder.
         catalog_id: 16 bytes for the trailer.
+        budget: Bytes that it may take on disk, None: any number.
     """
 
-    def __init__(self, folder: Folder, catalog_id: bytes) -> None:
+    def __init__(self, folder: Folder, catalog_id: bytes, budget: int | None = None) -> None:
+        self._budget = budget
         self._folder = folder
         self._catalog_id = catalog_id
         self._fd = -1
@@ -159,6 +168,13 @@ class BlobWriter:
         if end <= self._reserved:
             return
         ahead = min(RESERVE_B, max(expected, 0))
+        if self._budget is not None:
+            room = self._budget - end - ENTRY.size * len(self.offsets) - TRAILER.size
+            if room < 0:
+                raise StoreFull(
+                    f"{shown(self._folder.path(self._temp))}: quota reached after {end} B; nothing of it was stored"
+                )
+            ahead = min(ahead, room)
         try:
             os.posix_fallocate(self._fd, self._reserved, end + ahead - self._reserved)
             self._reserved = end + ahead

@@ -10,6 +10,7 @@ folder's flock allows one process anyway, and this way no shared-memory file is 
     files      content hash -> the manifest that it is served under
     names, pins, members (collection -> manifests of its files), garbage (ranges to be freed after the barrier)
     lost       chunks of owned blobs that were found damaged or gone and are not back yet
+    used       file -> when it was last asked for, seconds since 1970; eviction goes by it
     meta       catalog_id; where an interrupted verification stopped
 
 Device and inode numbers are unsigned 64-bit; SQLite's are signed: they are stored as two's complement.
@@ -31,10 +32,12 @@ from fastcas.errors import CatalogCorrupt, FastCASError, PermissionDenied, Store
 from fastcas.store.paths import shown
 from fastcas.store.types import Identity
 
-__all__ = ["GROWING", "LINKED", "MANIFEST", "OWNED", "BlobRow", "Catalog", "ManifestRow"]
+__all__ = ["ADVICE", "GROWING", "LINKED", "MANIFEST", "OWNED", "BlobRow", "Catalog", "ManifestRow"]
 
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x46434153
+ADVICE = "; `fastcas rebuild` makes a new catalog from manifests and blobs"
+CHECKED_B = 16 << 20  # a catalog up to this size is checked whole when it is opened, in about 50 ms
 OWNED, LINKED, GROWING, MANIFEST = range(4)
 BATCH = 500  # keys per IN (...)
 LOAD_BATCH = 65_536  # rows per step of a replay
@@ -68,8 +71,11 @@ CREATE TABLE garbage(
     blob INTEGER NOT NULL, offset INTEGER NOT NULL, length INTEGER NOT NULL,
     PRIMARY KEY(blob, offset, length)) WITHOUT ROWID;
 """
-# Also made in catalogs that were written without it; who does not know it loses nothing but the memory of parity.
-LOST = "CREATE TABLE IF NOT EXISTS lost(hash BLOB PRIMARY KEY, length INTEGER NOT NULL) WITHOUT ROWID;"
+# Also made in catalogs that were written without them; they remember lost parity, and when files were used.
+LATER = (
+    "CREATE TABLE IF NOT EXISTS lost(hash BLOB PRIMARY KEY, length INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS used(file BLOB PRIMARY KEY, at INTEGER NOT NULL) WITHOUT ROWID",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,16 +171,22 @@ class Catalog:
                 f"PRAGMA application_id={APPLICATION_ID};PRAGMA user_version={SCHEMA_VERSION};COMMIT;"
             )
         elif db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-            raise CatalogCorrupt(f"{shown(self.path)}: not a fastcas catalog; it was left as it is")
+            raise CatalogCorrupt(f"{shown(self.path)}: not a fastcas catalog; it was left as it is{ADVICE}")
         elif version != SCHEMA_VERSION:
             raise CatalogCorrupt(
                 f"{shown(self.path)}: schema version {version}, expected {SCHEMA_VERSION}; it was left as it is"
             )
+        if self.path.stat().st_size <= CHECKED_B:
+            found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                what = " ".join(str(found).split())
+                raise CatalogCorrupt(f"{shown(self.path)}: damaged ({what}); the blobs are untouched{ADVICE}")
         row = db.execute("SELECT value FROM meta WHERE key='catalog_id'").fetchone()
         if row is None or len(row[0]) != 16:
-            raise CatalogCorrupt(f"{shown(self.path)}: no catalog id; the blobs are untouched")
+            raise CatalogCorrupt(f"{shown(self.path)}: no catalog id; the blobs are untouched{ADVICE}")
         self.catalog_id: bytes = row[0]
-        db.execute(LOST)
+        for statement in LATER:
+            db.execute(statement)
 
     def close(self) -> None:
         """Close the database. Idempotent."""
@@ -199,9 +211,9 @@ class Catalog:
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return StoreLocked(f"{who}: in use by another process")
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA):
-            return CatalogCorrupt(f"{who}: damaged ({exc}) while {action}; the blobs are untouched")
+            return CatalogCorrupt(f"{who}: damaged ({exc}) while {action}; the blobs are untouched{ADVICE}")
         if isinstance(exc, sqlite3.OperationalError) and "no such" in str(exc):
-            return CatalogCorrupt(f"{who}: damaged ({exc}) while {action}; the blobs are untouched")
+            return CatalogCorrupt(f"{who}: damaged ({exc}) while {action}; the blobs are untouched{ADVICE}")
         return StoreError(f"{who}: {exc} while {action}; the catalog is as before")
 
     @contextlib.contextmanager

@@ -11,7 +11,7 @@ import os
 import stat
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fastcas.errors import FastCASError, ManifestCorrupt
@@ -55,6 +55,7 @@ class Core:
         self.folder = folder
         self.catalog = catalog
         self.listener: StoreListener | None = None
+        self.room: Callable[[], int | None] = lambda: None  # bytes that the quota leaves, None: any number
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def close(self) -> None:

@@ -66,7 +66,7 @@ class Healer:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._blob = BlobWriter(core.folder, core.catalog.catalog_id)
+        self._blob = BlobWriter(core.folder, core.catalog.catalog_id, core.room())
         self._how: dict[bytes, str] = {}
         self._scratch = memoryview(b"")
 
@@ -163,7 +163,7 @@ class Healer:
         name = writer.publish()
         if name is None:
             return False
-        self._blob = BlobWriter(core.folder, catalog.catalog_id)
+        self._blob = BlobWriter(core.folder, catalog.catalog_id, core.room())
         path, identity = os.fsencode(name), Identity(0, 0, writer.size, 0)
         rows = [
             (bytes(writer.keys[32 * i : 32 * i + 32]), offset, length)

@@ -179,12 +179,13 @@ class _Hashes:
 class Ingest:
     """One ingest: any number of sources into at most one owned blob, published at once.
 
-    Use as a context manager: leaving it without `publish` removes what was written.
+    Use as a context manager: leaving it without `publish` removes what was written. `budget`: bytes that the blob may
+    take, None: any number.
     """
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, budget: int | None = None) -> None:
         self._core = core
-        self._blob = BlobWriter(core.folder, core.catalog.catalog_id)
+        self._blob = BlobWriter(core.folder, core.catalog.catalog_id, budget)
         self._has_owned = bool(core.catalog.value("SELECT EXISTS(SELECT 1 FROM blobs WHERE kind=0)"))
 
     def __enter__(self) -> Ingest:
@@ -264,7 +265,7 @@ class Ingest:
                     source.finish()
                     raise FileChanged(
                         f"{source.label}: ended after {i * step + got} B of {size} B; nothing of it was stored"
-                    )
+                    ).about((source.label, "changed while it was read"))
                 encoding = encoder.submit(code.encode, slot, want, unit) if code is not None else None
                 if i + 1 < n_steps:
                     following = slots[(i + 1) % SLOTS]

@@ -21,7 +21,7 @@ from fastcas.store.paths import os_errors, shown
 from fastcas.store.sources import open_user_file
 from fastcas.store.types import Identity, StoredFile
 
-__all__ = ["add_manifest", "begin_linked", "make_way", "register_linked"]
+__all__ = ["add_manifest", "begin_linked", "make_way", "prove", "register_linked"]
 
 VERIFY_B = 8 << 20
 
@@ -70,7 +70,7 @@ def register_linked(
         if info.st_size != manifest.size:
             raise FileChanged(f"{shown(path)}: expected {manifest.size} B, got {info.st_size} B; it is not seeded")
         if not verified:
-            _prove(fd, path, manifest)
+            prove(fd, path, manifest)
         with os_errors(path, "reading it"):
             is_collection = os.pread(fd, len(MAGIC), 0) == MAGIC
             identity = identity_of(os.fstat(fd))
@@ -105,7 +105,7 @@ def register_linked(
     return stored_file(entry)
 
 
-def _prove(fd: int, path: str | os.PathLike[str], manifest: Manifest) -> None:
+def prove(fd: int, path: str | os.PathLike[str], manifest: Manifest) -> None:
     """Hash every chunk of an open file against the manifest. Raises FileChanged."""
     unit = manifest.chunk_size
     group = max(1, VERIFY_B // unit)

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from fastcas.errors import CatalogCorrupt, StoreError
+from fastcas.errors import CatalogCorrupt, FastCASError
 from fastcas.store.blobs import check_index, open_for_change
 from fastcas.store.catalog import GROWING, LINKED, MANIFEST, OWNED, BlobRow
 from fastcas.store.core import Core
-from fastcas.store.paths import BLOB_DIR, is_held, os_errors, punch_hole
+from fastcas.store.paths import BLOB_DIR, MANIFEST_DIR, is_held, os_errors, punch_hole
 from fastcas.store.types import GcReport, StoreListener
 
 __all__ = ["drop_extents", "forget_growing", "gc", "hide", "load", "remove", "renumber", "withdraw"]
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 HELD_S = 2.0  # one gc waits at most so long for pages that somebody holds
 HELD_POLL_S = 0.02
+_HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 def load(core: Core, listener: StoreListener) -> None:
@@ -383,9 +385,17 @@ def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _sweep_orphans(core: Core) -> int:
-    """Unlink blobs that this catalog wrote but never committed (a crash between rename and commit)."""
-    known = {row.path for row in core.catalog.blobs(OWNED)}
+    """Unlink what this catalog wrote but never committed (a crash between rename and commit); returns how many blobs.
+
+    Manifests can be had again, so whose they are is not asked.
+    """
+    known = {row.path for row in core.catalog.blobs(OWNED, MANIFEST)}
     n = 0
+    for prefix in core.folder.names(MANIFEST_DIR):
+        for leaf in core.folder.names(f"{MANIFEST_DIR}/{prefix}") if len(prefix) == 2 else ():
+            name = f"{MANIFEST_DIR}/{prefix}/{leaf}"
+            if _HASH.fullmatch(leaf) and os.fsencode(name) not in known:
+                core.folder.unlink(name)
     for prefix in core.folder.names(BLOB_DIR):
         if len(prefix) != 2:
             continue
@@ -395,7 +405,7 @@ def _sweep_orphans(core: Core) -> int:
                 continue
             try:
                 fd = core.folder.open(name)
-            except StoreError:
+            except FastCASError:
                 continue
             try:
                 ours = check_index(fd) == core.catalog.catalog_id

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastcas.errors import FastCASError, NotFound, StoreError, StoreFull, UsageError
+from fastcas.errors import FastCASError, Interrupted, NotFound, StoreError, StoreFull, UsageError
 from fastcas.ids import escape_for_terminal
 from fastcas.store.core import Core
 from fastcas.store.ingest import Entry, Ingest, stored_file
 from fastcas.store.paths import BLOB_DIR, os_errors, shown
+from fastcas.store.quota import Quota, ingest_bound
 from fastcas.store.sources import ChainSource, Part, open_user_file
-from fastcas.store.types import MigrateReport
+from fastcas.store.types import MigrateReport, Progress
 
 __all__ = ["index_json", "migrate"]
 
@@ -41,17 +42,24 @@ class _Old:
     chunks: list[str] = field(default_factory=list)
 
 
-def migrate(core: Core, old_dir: str | os.PathLike[str]) -> MigrateReport:
+def migrate(core: Core, quota: Quota, old_dir: str | os.PathLike[str], progress: Progress | None) -> MigrateReport:
     """See `Store.migrate`."""
     folder, index = _find(Path(os.path.abspath(old_dir)))
     report = MigrateReport()
     used: set[str] = set()
-    for item in _files(_read_index(index), report):
+    items = list(_files(_read_index(index), report))
+    total = sum(item.size or 0 for item in items)
+
+    def step(of_file: int) -> None:
+        if progress is not None:
+            progress(report.bytes + of_file, max(total, report.bytes + of_file))
+
+    for item in items:
         used.add(item.file_hash)
         used.update(item.chunks)
         try:
-            _import(core, folder, item, report)
-        except StoreFull:
+            _import(core, quota, folder, item, report, step)
+        except (StoreFull, Interrupted):
             raise
         except FastCASError as exc:
             report.left_out.append((f"{item.file_hash} {escape_for_terminal(item.name)}".strip(), str(exc)))
@@ -126,7 +134,9 @@ def _entry(key: str, value: object) -> _Old | str:
     return _Old(file_hash, name, size if type(size) is int and size >= 0 else None, chunks)
 
 
-def _import(core: Core, folder: Path, item: _Old, report: MigrateReport) -> None:
+def _import(
+    core: Core, quota: Quota, folder: Path, item: _Old, report: MigrateReport, progress: Callable[[int], None]
+) -> None:
     """Read one old file through and publish it. Raises what makes it impossible; nothing of it is kept then."""
     parts = []
     for chunk in item.chunks or ([] if item.size == 0 else [item.file_hash]):
@@ -138,9 +148,9 @@ def _import(core: Core, folder: Path, item: _Old, report: MigrateReport) -> None
     source = ChainSource(parts, item.file_hash)
     if item.size is not None and item.size != source.size:
         raise StoreError(f"expected {item.size} B, its chunks have {source.size} B; left out")
-    with Ingest(core) as ingest:
+    with quota.admit(ingest_bound(source.size, None, None), item.name) as budget, Ingest(core, budget) as ingest:
         try:
-            staged = ingest.add(source)
+            staged = ingest.add(source, progress=lambda done, _: progress(done))
         finally:
             source.close()
         if staged.manifest.file_hash.hex() != item.file_hash:

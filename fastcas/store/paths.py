@@ -64,7 +64,10 @@ def shown(path: str | bytes | os.PathLike[str]) -> str:
 
 def translate(exc: OSError, path: str | bytes | os.PathLike[str], action: str) -> FastCASError:
     """Return our error for an `OSError` met while doing `action` to `path`."""
-    who = shown(path)
+    return _translated(exc, shown(path), action).about((shown(path), exc.strerror or str(exc)))
+
+
+def _translated(exc: OSError, who: str, action: str) -> FastCASError:
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreFull(f"{who}: no space left on the disk while {action}; nothing of it was stored")
     if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

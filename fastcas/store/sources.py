@@ -55,7 +55,8 @@ def require_regular(info: os.stat_result, label: str) -> None:
         stat.S_IFLNK: "a symbolic link",
     }
     if not stat.S_ISREG(info.st_mode):
-        raise UsageError(f"{label}: {kinds.get(stat.S_IFMT(info.st_mode), 'no file')}, expected a regular file")
+        what = kinds.get(stat.S_IFMT(info.st_mode), "no file")
+        raise UsageError(f"{label}: {what}, expected a regular file").about((label, f"is {what}"))
 
 
 def open_user_file(path: str | os.PathLike[str] | bytes, dir_fd: int | None = None, *, follow: bool = True) -> int:
@@ -116,7 +117,7 @@ class FileSource:
             raise FileChanged(
                 f"{self.label}: changed while it was read (expected {self.size} B, got {now.size} B"
                 f"{'' if now.size != self.size else ', modified meanwhile'}); nothing of it was stored"
-            )
+            ).about((self.label, "changed while it was read"))
 
     def close(self) -> None:
         """Close the descriptor if it is ours. Idempotent."""
@@ -215,7 +216,7 @@ class ChainSource:
             raise FileChanged(
                 f"{part.label}: changed before it was read (expected {part.size} B, got {self._file.size} B);"
                 " nothing of it was stored"
-            )
+            ).about((part.label, "changed before it was read"))
 
     def _end(self, part: Part) -> None:
         assert self._file is not None

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from fastcas.errors import FileChanged, PermissionDenied, StoreError, StoreFull, StoreNotFound, UsageError
-from fastcas.ids import Link
+from fastcas.errors import (
+    CatalogCorrupt,
+    FileChanged,
+    PermissionDenied,
+    StoreError,
+    StoreFull,
+    StoreNotFound,
+    UsageError,
+)
+from fastcas.ids import short
 from fastcas.metadata import Manifest
 from fastcas.store import adopt as _adopt
 from fastcas.store import ingest as _ingest
 from fastcas.store import linked as _linked
+from fastcas.store import listing as _listing
 from fastcas.store import lock as _lock
 from fastcas.store import maintain as _maintain
 from fastcas.store import migrate as _migrate
 from fastcas.store import tree as _tree
-from fastcas.store.catalog import LINKED, OWNED, Catalog
+from fastcas.store.catalog import ADVICE, Catalog
 from fastcas.store.collection import Collection
 from fastcas.store.core import Core
 from fastcas.store.paths import BLOB_DIR, MANIFEST_DIR, QUARANTINE_DIR, Folder, root_of, shown
+from fastcas.store.quota import Quota, ingest_bound, manifest_bound
+from fastcas.store.rebuild import CATALOG
+from fastcas.store.rebuild import rebuild as _rebuild
 from fastcas.store.scrub import Scrub
 from fastcas.store.sources import FileSource, open_user_file
 from fastcas.store.types import (
@@ -31,6 +45,7 @@ from fastcas.store.types import (
     Identity,
     MigrateReport,
     Progress,
+    RebuildReport,
     StoredFile,
     StoreListener,
     VerifyReport,
@@ -40,19 +55,8 @@ __all__ = ["Store"]
 
 _T = TypeVar("_T")
 
-CATALOG = "catalog.db"
 KEY = "node.key"
 HASHES_PER_BATCH = 65_536
-
-_FILES = """
-SELECT f.hash, f.manifest,
-    (SELECT name FROM names WHERE file=f.hash ORDER BY stored_at DESC, name LIMIT 1),
-    f.size, m.chunk_size, m.n_chunks, m.n_parity, f.stored_at, f.is_collection,
-    EXISTS(SELECT 1 FROM pins WHERE file=f.hash), m.complete,
-    EXISTS(SELECT 1 FROM members WHERE manifest=f.manifest),
-    (SELECT path FROM blobs WHERE kind=1 AND manifest=f.manifest LIMIT 1)
-FROM files f JOIN manifests m ON m.hash=f.manifest
-"""
 
 
 class Store:
@@ -64,6 +68,7 @@ class Store:
     def __init__(self, core: Core, lock_fd: int) -> None:
         self._core = core
         self._lock_fd = lock_fd
+        self._quota = Quota(core)
         self._identity: bytes | None = None
 
     @classmethod
@@ -83,8 +88,11 @@ class Store:
         folder = Folder(root_of(root), create=create)
         lock = -1
         try:
-            if not create and not folder.exists(CATALOG):
-                raise StoreNotFound(f"{shown(folder.root)}: not a fastcas store (no {CATALOG})")
+            if not folder.exists(CATALOG):
+                if _has_manifests(folder):
+                    raise CatalogCorrupt(f"{shown(folder.path(CATALOG))}: gone; the blobs are untouched{ADVICE}")
+                if not create:
+                    raise StoreNotFound(f"{shown(folder.root)}: not a fastcas store (no {CATALOG})")
             lock = _lock.acquire(folder) if lock_fd is None else _lock.adopt(folder, lock_fd)
             for name in (BLOB_DIR, MANIFEST_DIR, QUARANTINE_DIR):
                 folder.make_dir(name)
@@ -103,6 +111,36 @@ class Store:
             store.close()
             raise
         return store
+
+    @staticmethod
+    def rebuild(root: str | os.PathLike[str], *, progress: Progress | None = None) -> RebuildReport:
+        """Make a new catalog from manifests and blobs alone; names and pins from the old one where it can be read.
+
+        Every chunk is read and checked against its hash. The old catalog stays in quarantine/.
+
+        Args:
+            root: The folder, or its `hashed_files`.
+            progress: Called with (bytes done, bytes total).
+        Raises:
+            StoreNotFound: No such folder, or nothing of a store in it.
+            StoreLocked: A node or command works on it.
+            StoreFull, StoreError, PermissionDenied: Writing failed; the old catalog is as it was.
+        Cost: one read of everything that is stored.
+        """
+        folder = Folder(root_of(root), create=False)
+        lock = -1
+        try:
+            if not folder.exists(CATALOG) and not _has_manifests(folder):
+                raise StoreNotFound(f"{shown(folder.root)}: not a fastcas store (no {CATALOG}, no manifests)")
+            lock = _lock.acquire(folder)
+            for name in (BLOB_DIR, MANIFEST_DIR, QUARANTINE_DIR):
+                folder.make_dir(name)
+            folder.sweep_temps()
+            return _rebuild(folder, progress)
+        finally:
+            if lock >= 0:
+                os.close(lock)
+            folder.close()
 
     def close(self) -> None:
         """Close everything and give the lock up (unless others share it). Idempotent."""
@@ -159,6 +197,25 @@ class Store:
             self._identity = seed
         return self._identity
 
+    # --- quota ---
+
+    @property
+    def quota(self) -> Quota:
+        """The limit of this folder, reservations, and who waits for workers and hears of evictions."""
+        return self._quota
+
+    @contextlib.contextmanager
+    def _admit_manifest(self, manifest: Manifest) -> Iterator[None]:
+        """A manifest must fit by itself: whoever wants its file has reserved more. Raises StoreFull."""
+        bound = manifest_bound(len(manifest.data))
+        with self._quota.admit(bound, held=True) as budget:
+            if budget is not None and budget < bound and self._core.catalog.manifest(manifest.manifest_hash) is None:
+                raise StoreFull(
+                    f"manifest {short(manifest.manifest_hash)}: {bound} B more than the quota of {self._quota.limit} B "
+                    "allows; it was not kept"
+                )
+            yield
+
     # --- storing ---
 
     def store_file(
@@ -198,11 +255,13 @@ class Store:
             if in_place:
                 self._check_same(absolute, source)
                 _linked.make_way(self._core, os.fsencode(absolute), source.identity)
-            with _ingest.Ingest(self._core) as ingest:
+            title = name or shown(os.path.basename(absolute))
+            bound = ingest_bound(source.size, chunk_size, parity, in_place=in_place)
+            with self._quota.admit(bound, title) as budget, _ingest.Ingest(self._core, budget) as ingest:
                 staged = ingest.add(source, chunk_size=chunk_size, parity=parity, in_place=in_place, progress=progress)
                 if in_place:
                     self._check_same(absolute, source)
-                entry = _ingest.Entry(staged, name or shown(os.path.basename(absolute)))
+                entry = _ingest.Entry(staged, title)
                 ingest.publish([entry])
         finally:
             source.close()
@@ -243,7 +302,7 @@ class Store:
             FileChanged, StoreFull, StoreError, PermissionDenied: As for `store_file`; nothing was stored.
         """
         return _tree.store_tree(
-            self._core, path, name=name, chunk_size=chunk_size, parity=parity, in_place=in_place,
+            self._core, self._quota, path, name=name, chunk_size=chunk_size, parity=parity, in_place=in_place,
             posix_names=posix_names, progress=progress,
         )  # fmt: skip
 
@@ -254,7 +313,8 @@ class Store:
         only. The number is forgotten by `register_linked` of the same inode, `abandon_linked`, or at the next
         open.
         """
-        return _linked.begin_linked(self._core, path, manifest)
+        with self._admit_manifest(manifest):
+            return _linked.begin_linked(self._core, path, manifest)
 
     def abandon_linked(self, number: int) -> None:
         """Forget a part file's blob; the listener hears of its removal."""
@@ -273,7 +333,8 @@ class Store:
         Raises:
             FileChanged: Size or bytes are not the manifest's.
         """
-        return _linked.register_linked(self._core, path, manifest, name, verified=verified)
+        with self._admit_manifest(manifest):
+            return _linked.register_linked(self._core, path, manifest, name, verified=verified)
 
     def register_tree(
         self,
@@ -303,12 +364,14 @@ class Store:
         Cost: one read and one write of the small files, one commit; no byte of the large files that are proven.
         """
         return _adopt.register_tree(
-            self._core, path, collection, manifest, name, members=members, identities=identities, progress=progress
-        )
+            self._core, self._quota, path, collection, manifest, name, members=members,
+            identities=identities, progress=progress,
+        )  # fmt: skip
 
     def add_manifest(self, manifest: Manifest) -> None:
         """Keep a manifest and report it. `gc` drops it again if neither a file nor a part file needs it."""
-        _linked.add_manifest(self._core, manifest)
+        with self._admit_manifest(manifest):
+            _linked.add_manifest(self._core, manifest)
 
     # --- asking ---
 
@@ -328,24 +391,19 @@ class Store:
 
     def files(self) -> list[FileRow]:
         """Return every file, members of collections included, the latest first."""
-        rows = self._core.catalog.query(_FILES + " ORDER BY f.stored_at DESC, f.hash")
-        return [_file_row(row) for row in rows]
+        return _listing.file_rows(self._core)
 
     def file(self, file_hash: bytes) -> FileRow | None:
         """Return one file, None if it is not known."""
-        rows = self._core.catalog.query(_FILES + " WHERE f.hash=?", (file_hash,))
-        return _file_row(rows[0]) if rows else None
+        return _listing.file_row(self._core, file_hash)
 
     def pin(self, file_hash: bytes, pinned: bool = True) -> bool:
         """Keep a file whatever happens to its names, or no longer. Returns False if it is not known."""
-        if self.file(file_hash) is None:
-            return False
-        with self._core.catalog.transaction():
-            if pinned:
-                self._core.catalog.execute("INSERT OR IGNORE INTO pins VALUES(?, strftime('%s', 'now'))", (file_hash,))
-            else:
-                self._core.catalog.execute("DELETE FROM pins WHERE file=?", (file_hash,))
-        return True
+        return _listing.pin(self._core, file_hash, pinned)
+
+    def touch(self, file_hashes: Iterable[bytes]) -> None:
+        """Note that files were asked for now; eviction takes the longest unused first."""
+        _listing.touch(self._core, file_hashes, int(time.time()))
 
     def has_chunk(self, key: bytes) -> bool:
         """Whether the catalog knows an extent of the chunk."""
@@ -380,30 +438,11 @@ class Store:
         """Return counts and bytes.
 
         logical: content of all named files and members; stored: chunk bytes in owned blobs; linked: in users'
-        files; shared: what the chunks of all files would take without sharing, less what they take.
+        files; shared: what the chunks of all files would take without sharing, less what they take; quota: the limit, 0
+        for none; used: what counts against it, 0 without one.
         """
-        value = self._core.catalog.value
-        by_kind = {
-            kind: value(
-                "SELECT sum(length) FROM extents WHERE blob IN (SELECT number FROM blobs WHERE kind=?)", (kind,)
-            )
-            for kind in (OWNED, LINKED)
-        }
-        logical = value("SELECT sum(size) FROM files")
-        distinct = value("SELECT sum(n) FROM (SELECT max(length) AS n FROM extents GROUP BY hash)")
-        return {
-            "logical": logical,
-            "stored": by_kind[OWNED],
-            "linked": by_kind[LINKED],
-            "shared": max(0, logical - distinct),
-            "files": value("SELECT count(*) FROM files"),
-            "incomplete": value(
-                "SELECT count(*) FROM files f JOIN manifests m ON m.hash=f.manifest WHERE NOT complete"
-            ),
-            "chunks": value("SELECT count(DISTINCT hash) FROM extents"),
-            "blobs": value("SELECT count(*) FROM blobs WHERE kind IN (0, 1)"),
-            "manifests": value("SELECT count(*) FROM manifests"),
-        }
+        used = self._quota.used() if self._quota.limit is not None else 0
+        return _listing.stats(self._core) | {"quota": self._quota.limit or 0, "used": used}
 
     def load(self, listener: StoreListener) -> None:
         """Replay everything that is live to a listener, in large batches.
@@ -428,6 +467,7 @@ class Store:
             ManifestCorrupt: A manifest cannot be read; nothing was freed.
         """
         report = self._with_reserve(lambda: _maintain.gc(self._core, barrier))
+        self._quota.forget()
         self._core.folder.make_reserve()
         return report
 
@@ -518,7 +558,7 @@ class Store:
         if blob is not None:
             _maintain.withdraw(self._core, blob, reason)
 
-    def migrate(self, old_dir: str | os.PathLike[str]) -> MigrateReport:
+    def migrate(self, old_dir: str | os.PathLike[str], *, progress: Progress | None = None) -> MigrateReport:
         """Import the older layout (`hashed_files/<hash>` with `cas_index.json`); see docs/MIGRATION_GUIDE.md.
 
         Every byte is checked against its name; what is left out is in the report.
@@ -526,28 +566,14 @@ class Store:
             NotFound: No such folder, or no index in it.
             UsageError: The index is not one of the accepted shapes.
         """
-        return _migrate.migrate(self._core, old_dir)
+        return _migrate.migrate(self._core, self._quota, old_dir, progress)
 
     def index_json(self) -> dict[str, object]:
         """Return what `cas_index.json` of the older layout would say about this store."""
         return _migrate.index_json(self._core)
 
 
-def _file_row(row: tuple) -> FileRow:  # type: ignore[type-arg]
-    file_hash, manifest_hash, name, size, chunk_size, n_chunks, n_parity, stored_at = row[:8]
-    return FileRow(
-        file_hash=file_hash,
-        manifest_hash=manifest_hash,
-        name=name or "",
-        size=size,
-        chunk_size=chunk_size,
-        n_chunks=n_chunks,
-        n_parity=n_parity,
-        stored_at=stored_at,
-        is_collection=bool(row[8]),
-        pinned=bool(row[9]),
-        is_complete=bool(row[10]),
-        is_member=bool(row[11]),
-        link=str(Link(file_hash, manifest_hash, name or None, size)),
-        path=None if row[12] is None else os.fsdecode(row[12]),
+def _has_manifests(folder: Folder) -> bool:
+    return any(
+        folder.names(f"{MANIFEST_DIR}/{prefix}") for prefix in folder.names(MANIFEST_DIR) if len(prefix) == 2
     )

@@ -8,13 +8,13 @@ commit, so a tree is never half there.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from fastcas.errors import CollectionCorrupt, FileChanged, UsageError
-from fastcas.ids import escape_for_terminal
+from fastcas.errors import CollectionCorrupt, FileChanged, PermissionDenied, UsageError
 from fastcas.limits import COLLECTION_FILES_MAX
 from fastcas.metadata import EMPTY_SHA256
 from fastcas.store.beneath import beneath
@@ -32,13 +32,16 @@ from fastcas.store.core import Core, identity_of
 from fastcas.store.ingest import Entry, Ingest, stored_file
 from fastcas.store.linked import make_way
 from fastcas.store.paths import os_errors, shown, translate
+from fastcas.store.quota import Quota, ingest_bound
 from fastcas.store.sources import BytesSource, ChainSource, FileSource, Part, open_user_file
 from fastcas.store.types import Identity, Progress, StoredFile
 
 __all__ = ["store_tree"]
 
 PACK_B = 64 << 20
+ENTRY_B = 80  # of a collection per file, beside its path
 BAD_SHOWN = 20
+BAD_LISTED = 1000
 
 
 @dataclass(slots=True)
@@ -52,10 +55,11 @@ class _Leaf:
 class _Scan:
     dirs: list[str] = field(default_factory=list)
     leaves: list[_Leaf] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    n_denied: int = 0
 
     def refuse(self, path: str, why: str) -> None:
-        self.bad.append(f"'{escape_for_terminal(path)}' {why}")
+        self.bad.append((shown(path), why))
 
 
 def _scan(dir_fd: int, prefix: str, depth: int, out: _Scan, posix_names: bool) -> None:
@@ -68,16 +72,20 @@ def _scan(dir_fd: int, prefix: str, depth: int, out: _Scan, posix_names: bool) -
         try:
             check_path(path, posix_names=posix_names)
         except CollectionCorrupt as exc:
-            out.bad.append(str(exc).removeprefix("collection: path "))
+            out.refuse(path, str(exc).removeprefix("collection: path ").partition(": '")[0])
             continue
         info = entry.stat(follow_symlinks=False)
         if stat.S_ISREG(info.st_mode):
+            if not os.access(entry.name, os.R_OK, dir_fd=dir_fd, effective_ids=True):
+                out.n_denied += 1
+                out.refuse(path, "cannot be read (Permission denied)")
             out.leaves.append(_Leaf(path, bool(info.st_mode & 0o111), identity_of(info)))
         elif stat.S_ISDIR(info.st_mode) and depth < DEPTH_MAX:
             out.dirs.append(path)
             try:
                 fd = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
             except OSError as exc:
+                out.n_denied += exc.errno == errno.EACCES
                 out.refuse(path, f"cannot be opened ({exc.strerror})")
                 continue
             try:
@@ -112,6 +120,7 @@ def _packs(leaves: list[_Leaf]) -> Iterator[list[_Leaf]]:
 
 def store_tree(
     core: Core,
+    quota: Quota,
     path: str | os.PathLike[str],
     *,
     name: str | None,
@@ -135,21 +144,24 @@ def store_tree(
             _scan(root_fd, "", 1, scan, posix_names)
         if scan.bad:
             more = f" and {len(scan.bad) - BAD_SHOWN} more" if len(scan.bad) > BAD_SHOWN else ""
-            raise UsageError(
-                f"{shown(path)}: cannot be stored: {'; '.join(scan.bad[:BAD_SHOWN])}{more}; nothing of it was stored"
+            names = "; ".join(f"'{bad}' {why}" for bad, why in scan.bad[:BAD_SHOWN])
+            kind = PermissionDenied if scan.n_denied == len(scan.bad) else UsageError
+            raise kind(f"{shown(path)}: cannot be stored: {names}{more}; nothing of it was stored").about(
+                *((shown(os.path.join(root, bad)), why) for bad, why in scan.bad[:BAD_LISTED])
             )
         try:
             check_paths(scan.dirs, [leaf.path for leaf in scan.leaves], posix_names=posix_names)
         except CollectionCorrupt as exc:
             raise UsageError(f"{shown(path)}: cannot be stored: {exc}") from exc
         title = name or shown(os.path.basename(root) or "root")
-        return _ingest(core, root_fd, root, title, scan, chunk_size, parity, in_place, progress)
+        return _ingest(core, quota, root_fd, root, title, scan, chunk_size, parity, in_place, progress)
     finally:
         os.close(root_fd)
 
 
 def _ingest(
     core: Core,
+    quota: Quota,
     root_fd: int,
     root: str,
     title: str,
@@ -174,7 +186,12 @@ def _ingest(
         SmallEntry(leaf.path, leaf.executable, 0, EMPTY_SHA256, 0, 0) for leaf in scan.leaves if not leaf.identity.size
     ]
     packs: list[PackEntry] = []
-    with Ingest(core) as ingest:
+    bound = sum(ingest_bound(leaf.identity.size, chunk_size, parity, in_place=in_place) for leaf in large)
+    for pack in _packs(small):
+        bound += ingest_bound(sum(leaf.identity.size for leaf in pack), chunk_size, parity)
+    described = sum(2 * len(leaf.path) + ENTRY_B for leaf in scan.leaves) + sum(2 * len(path) + 2 for path in scan.dirs)
+    bound += ingest_bound(described, chunk_size, parity)
+    with quota.admit(bound, title) as budget, Ingest(core, budget) as ingest:
         for pack in _packs(small):
             parts = [
                 Part(shown(os.path.join(root, leaf.path)), leaf.identity.size, _opener(root_fd, leaf), leaf.identity)

@@ -18,6 +18,7 @@ __all__ = [
     "Identity",
     "MigrateReport",
     "Progress",
+    "RebuildReport",
     "StoreListener",
     "StoredFile",
     "VerifyReport",
@@ -209,6 +210,26 @@ class MigrateReport:
     files: list[StoredFile] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     bytes: int = 0
+
+
+@dataclass(slots=True)
+class RebuildReport:
+    """What `rebuild` found.
+
+    Attributes:
+        files, incomplete, manifests, blobs, chunks, bytes: What the new catalog has; chunks and bytes of owned blobs.
+        left_out: (path, reason) of blobs and manifests that are damaged or of no use, escaped for a terminal.
+        old_catalog: Where the old catalog is kept, None if there was none.
+    """
+
+    files: int = 0
+    incomplete: int = 0
+    manifests: int = 0
+    blobs: int = 0
+    chunks: int = 0
+    bytes: int = 0
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    old_catalog: str | None = None
 
 
 class StoreListener(Protocol):

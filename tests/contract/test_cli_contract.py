@@ -45,6 +45,7 @@ def flags(command: click.Command) -> set[str]:
 def test_commands_and_flags_are_those_of_the_contract() -> None:
     assert set(fastcas_command.commands) == {
         "store", "get", "cat", "ls", "info", "peers", "status", "verify", "rm", "gc", "migrate", "index",
+        "rebuild", "pin", "unpin",
     }  # fmt: skip
     assert flags(fastcas_command.commands["store"]) >= {
         "--storage-dir", "--chunk-size", "--parity", "--in-place", "--json",
@@ -56,7 +57,7 @@ def test_commands_and_flags_are_those_of_the_contract() -> None:
     assert flags(fastcas_command.commands["verify"]) >= {"--repair", "--peer", "--rate", "--subset", "--restart"}
     assert "--json" in flags(fastcas_command.commands["index"])
     assert flags(node_command) == {
-        "--workers", "--host", "--port", "--dht-port", "--storage-dir", "--node-id", "--bootstrap", "--peer",
+        "--workers", "--host", "--port", "--dht-port", "--storage-dir", "--node-id", "--bootstrap", "--peer", "--quota",
         "--no-dht", "--announce", "--max-announce", "--network-key", "--admin-port",
         "--max-download", "--max-upload", "--send-path",
     }  # fmt: skip
@@ -173,6 +174,9 @@ def test_storage_folder_comes_from_the_environment(tmp_path: Path, content_file:
         (["store", "FILE", "--parity", "4+99999999999999999999"], 2, "--parity"),
         (["store", "FILE", "--parity", "100+10", "--chunk-size", "16MiB"], 2, "stripe"),
         (["store", "FILE", "--chunking", "cdc"], 2, "--chunking"),
+        (["store", "FILE", "--quota", "little"], 2, "--quota"),
+        (["store", "FILE", "--quota", "64K"], 8, "quota"),
+        (["pin", HEX], 3, "abababab"),
         (["verify", "--rate", "fast"], 2, "--rate"),
         (["verify", "--rate", "0"], 2, "--rate"),
         (["verify", "--subset", "5/4"], 2, "--subset"),

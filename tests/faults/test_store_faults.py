@@ -23,8 +23,9 @@ NEW = data_of(90_000, 2)
 DROPPED = data_of(70_000, 3)
 
 
-def prepare(folder: Path, operation: str, n_points: int) -> None:
-    """One store with a file that must survive everything, copied for every point."""
+def prepare(folder: Path, operation: str, n_points: int, n_more: int = 0) -> None:
+    """One store with a file that must survive everything, copied for every point; `n_more`: files beside, for gc and
+    migrate, so that these make more calls."""
     given = folder / "input"
     given.mkdir(parents=True)
     (given / "kept").write_bytes(KEPT)
@@ -37,11 +38,25 @@ def prepare(folder: Path, operation: str, n_points: int) -> None:
     for at in range(0, len(NEW), 50_000):
         (given / "old/hashed_files" / sha(NEW[at : at + 50_000]).hex()).write_bytes(NEW[at : at + 50_000])
     chunks = [sha(NEW[at : at + 50_000]).hex() for at in range(0, len(NEW), 50_000)]
-    (given / "old/cas_index.json").write_text(json.dumps({sha(NEW).hex(): chunks}))
+    index = {sha(NEW).hex(): chunks}
+    for number in range(n_more):
+        more = data_of(20_000, 100 + number)
+        (given / f"tree/m{number}").write_bytes(data_of(70_000, 100 + number))
+        (given / "old/hashed_files" / sha(more).hex()).write_bytes(more)
+        index[sha(more).hex()] = [sha(more).hex()]
+    (given / "old/cas_index.json").write_text(json.dumps(index))
     base = folder.parent / "base"
     with Store.open(base / "store", create=True) as store:
         dropped = store.store_file(given / "dropped", chunk_size=16384)
         kept = store.store_file(given / "kept", chunk_size=16384, parity=(4, 2))
+        for number in range(n_more if operation == "gc" else 0):
+            (given / f"more{number}").write_bytes(data_of(60_000, 200 + number))
+            doomed = store.store_file(given / f"more{number}", chunk_size=16384)
+            (given / f"more{number}").write_bytes(data_of(60_000, 200 + number)[:32768] + b"kept")
+            store.store_file(given / f"more{number}", chunk_size=16384)
+            store.remove(bytes.fromhex(doomed.file_hash))
+        if operation == "evict":
+            store.pin(bytes.fromhex(kept.file_hash))
         if operation == "gc":
             store.remove(bytes.fromhex(dropped.file_hash))
         if operation == "repair":
@@ -54,13 +69,15 @@ def prepare(folder: Path, operation: str, n_points: int) -> None:
         shutil.copytree(base, folder / str(point))
 
 
-def strike(folder: Path, operation: str, kinds: Sequence[str], effect: str, patience: int = 3) -> list[int]:
+def strike(
+    folder: Path, operation: str, kinds: Sequence[str], effect: str, patience: int = 3, timeout_s: float = 110
+) -> list[int]:
     """Run the operation once per point under strace; returns exit statuses (negative: signal), in folder order."""
     inject = [part for kind in kinds for part in ("-e", f"inject={kind}:{effect}:when={STRIKE}")]
     done = subprocess.run(
         ["strace", "-f", "-qqq", "-o", "/dev/null", "-e", f"trace={','.join(kinds)}", *inject,
          sys.executable, "-m", "tests.support.store_crash_child", str(folder), operation, str(patience), *kinds],
-        cwd=ROOT, capture_output=True, text=True, timeout=110, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answers: list[tuple[str, int, int]] = json.loads(done.stdout)
@@ -104,6 +121,19 @@ def test_killed_at_every_call_needs_no_manual_step(tmp_path: Path, operation: st
     assert statuses.count(0) == len(KINDS)
     assert statuses.count(-9) >= 30
     check(folder, range(1, len(statuses) + 1), damaged=operation == "repair")
+
+
+if os.environ.get("FASTCAS_KILL_POINTS"):  # `make store-kill-points`: minutes
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("operation", ["store_file", "store_tree", "in_place", "gc", "migrate", "evict", "rebuild"])
+    def test_killed_at_every_call_of_many_files(tmp_path: Path, operation: str) -> None:
+        folder = tmp_path / "points"
+        prepare(folder, operation, 1200, n_more=25)
+        statuses = strike(folder, operation, list(KINDS), "signal=SIGKILL", 1, timeout_s=400)
+        assert set(statuses) == {-9, 0}
+        check(folder, range(1, len(statuses) + 1), damaged=False)
+        print(f"{operation}: killed at {statuses.count(-9)} calls, nothing published was lost")
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from pathlib import Path
 from fastcas.errors import FastCASError
 from fastcas.store import Store
 
-STRIKE = 200
+STRIKE = int(os.environ.get("FASTCAS_STRIKE", "200"))
 FOREIGN = 99  # exit status for an exception that is not ours
 UNWILLING = 98  # the second try did not work
 CLOSED = 1_000_000  # no process has this descriptor
@@ -52,7 +52,19 @@ def migrate(store: Store, given: Path) -> None:
     store.migrate(given / "old")
 
 
-OPERATIONS = {call.__name__: call for call in (store_file, store_tree, in_place, gc, repair, migrate)}
+def evict(store: Store, given: Path) -> None:
+    store.quota.set_limit(400_000)
+    store.store_file(given / "new", chunk_size=16384)
+
+
+def rebuild(store: Store, given: Path) -> None:
+    store.close()
+    Store.rebuild(store.root)
+
+
+OPERATIONS = {
+    call.__name__: call for call in (store_file, store_tree, in_place, gc, repair, migrate, evict, rebuild)
+}
 KINDS: dict[str, Callable[[], object]] = {
     "pwrite64": lambda: os.pwrite(CLOSED, b"", 0),
     "pwritev2": lambda: os.pwritev(CLOSED, [b""], 0),
@@ -63,6 +75,7 @@ KINDS: dict[str, Callable[[], object]] = {
     "fchmod": lambda: os.fchmod(CLOSED, 0),
     "mkdirat": lambda: os.mkdir("x", dir_fd=CLOSED),
     "renameat": lambda: os.rename("x", "y", src_dir_fd=CLOSED, dst_dir_fd=CLOSED),
+    "linkat": lambda: os.link("x", "y", src_dir_fd=CLOSED, dst_dir_fd=CLOSED, follow_symlinks=False),
     "unlink": lambda: os.unlink("/nonexistent/fastcas"),
     "unlinkat": lambda: os.unlink("x", dir_fd=CLOSED),
 }

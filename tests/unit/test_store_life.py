@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -305,6 +306,7 @@ def test_gc_keeps_blobs_of_another_catalog(tmp_path: Path) -> None:
     with Store.open(tmp_path / "store", create=True) as store:
         put(store, tmp_path / "f", data_of(4 * UNIT))
     (tmp_path / "store" / "catalog.db").unlink()
+    shutil.rmtree(tmp_path / "store" / "manifests")
     with Store.open(tmp_path / "store", create=True) as store:
         assert store.gc(nothing).blobs_unlinked == 0
         assert len(blob_files(store.root)) == 1

@@ -256,5 +256,5 @@ def test_pin_and_stats_count(tmp_path: Path) -> None:
         ]
         assert store.stats() == {
             "logical": 100_000, "stored": 100_000, "linked": 0, "shared": 0, "files": 1, "incomplete": 0,
-            "chunks": 7, "blobs": 1, "manifests": 1,
+            "chunks": 7, "blobs": 1, "manifests": 1, "quota": 0, "used": 0,
         }  # fmt: skip

@@ -1,0 +1,50 @@
+"""Stores, pins, removes and collects without end on a mount that is about to lose its power.
+
+usage: python -m tests.support.store_power_child STORE SEED
+Each line on stdout is an acknowledgement: "put SEED SIZE" or "gone SEED", written after the call returned.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+from fastcas.store import Store
+from tests.support.store_rig import data_of, sha
+
+UNIT = 16384
+
+
+def main() -> None:
+    """Work until the disk is gone."""
+    root, seed = Path(sys.argv[1]), int(sys.argv[2])
+    chooser = random.Random(seed)
+    here: dict[int, bytes] = {}
+    with tempfile.TemporaryDirectory() as given, Store.open(root, create=True) as store:
+        for number in range(1, 100_000):
+            name, size = seed * 100_000 + number, chooser.choice([3, 5_000, 70_000, 400_000])
+            path = Path(given) / "f"
+            if chooser.random() < 0.2:
+                (Path(given) / "tree").mkdir(exist_ok=True)
+                (Path(given) / "tree" / "f").write_bytes(data_of(size, name))
+                (Path(given) / "tree" / "small").write_bytes(data_of(100, name))
+                stored = store.store_tree(Path(given) / "tree", chunk_size=UNIT)
+                os.write(1, b"hash %s\n" % stored.file_hash.encode())
+            else:
+                path.write_bytes(data_of(size, name))
+                store.store_file(path, chunk_size=UNIT, parity=chooser.choice([None, (4, 2)]))
+                here[name] = sha(data_of(size, name))
+                os.write(1, b"hash %s\n" % here[name].hex().encode())
+            if here and chooser.random() < 0.3:
+                victim = chooser.choice(sorted(here))
+                os.write(1, b"gone %s\n" % here[victim].hex().encode())  # from here on it need not be there
+                store.remove(here.pop(victim))
+            if chooser.random() < 0.2:
+                store.gc(lambda: None)
+
+
+if __name__ == "__main__":
+    main()
