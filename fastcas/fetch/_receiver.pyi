@@ -16,7 +16,7 @@ class Job:
 
         Args:
             manifest: At least one chunk.
-            fd: The part file; data chunk i is written at i * chunk_size.
+            fd: The part file; each data chunk is written where it lies in the content.
             parity_fd: Where parity chunk j goes, at j * chunk_size; -1: none are fetched.
         Raises:
             OSError: The descriptors cannot be duplicated.
@@ -30,7 +30,8 @@ class Job:
             index: Chunk number, data first, then parity.
             fd: File that holds the chunk's bytes at `offset`.
         Returns:
-            Bits: 1 own hash right, 2 link right, 4 the chunk has a link (data); 0 when the file ends early.
+            Bits: 1 own hash right, 2 link right (as 1 where the manifest has none), 4 the chunk has a link (data that
+            is not cut by content); 0 when the file ends early.
         Raises:
             OSError: The read or the write failed.
         Cost: blocks; one read, one pass over the bytes, one write; without the GIL.

@@ -37,6 +37,8 @@ DISCOVERY_PAUSE_S = 3.0
 CALLERS_PAUSE_S = 0.5
 DISCOVERY_DEADLINE_S = 10.0
 PEERS_MAX = 100
+OTHERS_MIN_S = 1.0  # how long a manifest cut by content waits for others while more peers may be found
+OTHERS_MAX_S = 5.0  # and for peers that do not answer
 CLAIM_S = 1.0  # how long one peer may be the only one asked for the manifest
 
 
@@ -68,6 +70,8 @@ class Crowd:
         self._policy = AddressPolicy()
         self._offer: asyncio.Future[tuple[Manifest, Remote]] | None = None
         self._refused: dict[bytes, str] = {}
+        self._last_resort: dict[bytes, tuple[Manifest, Remote]] = {}  # cut by content: proven only at the end
+        self._last_resort_at = 0.0
         self._claim: tuple[Remote, float] | None = None
         self._in_use = asyncio.Event()
         self._n_resolving = 0
@@ -145,6 +149,8 @@ class Crowd:
         Raises:
             NoPeers: Nobody has the file within `timeout_s`, or everybody known said so.
             ManifestCorrupt: Every manifest that was offered has been convicted.
+        A manifest of chunks that are cut by content has no links, so for a bare hash it is taken only when no other is
+        offered (architecture §5.2).
         """
         self._offer = asyncio.get_running_loop().create_future()
         deadline = time.monotonic() + self.settings.timeout_s
@@ -155,6 +161,8 @@ class Crowd:
                 await asyncio.wait([self._offer], timeout=min(WAIT_TICK_S, left))
                 if self._offer.done():
                     return self._offer.result()
+                if (offer := self._only_offer()) is not None:
+                    return offer
                 report("a peer that has the file")
         finally:
             self._offer = None
@@ -162,6 +170,23 @@ class Crowd:
             reasons = "; ".join(self._refused.values())
             raise ManifestCorrupt(f"file {short(self.file_hash)}: no manifest is left to try: {reasons}")
         raise NoPeers(f"no peer has {self.file_hash.hex()}: {self.what_peers_did()}")
+
+    def _only_offer(self) -> tuple[Manifest, Remote] | None:
+        """A manifest that is proven only at the end, once nobody can be expected to offer another kind."""
+        offers = [offer for key, offer in self._last_resort.items() if key not in self._refused]
+        if not offers:
+            return None
+        waited_s = time.monotonic() - self._last_resort_at
+        known = self._refused.keys() | self._last_resort.keys()
+        may_differ = [
+            remote
+            for remote in self.remotes.values()
+            if remote.banned is None and remote.may_offer and not (remote.answered and known.issuperset(remote.offered))
+        ]
+        finds_more = self.settings.discovery is not None or self._n_resolving > 0
+        if waited_s < OTHERS_MAX_S and (may_differ or (finds_more and waited_s < OTHERS_MIN_S)):
+            return None
+        return offers[0]
 
     def use(self, manifest: Manifest) -> None:
         """From now on peers are asked what they have of this manifest."""
@@ -197,7 +222,10 @@ class Crowd:
         if self._claim is not None and self._claim[0] is not remote and now < self._claim[1]:
             return None
         named = self.link.manifest_hash
-        choice = [m for m in ([named] if named is not None else offered) if m not in self._refused]
+        choice = [
+            m for m in ([named] if named is not None else offered)
+            if m not in self._refused and m not in self._last_resort
+        ]  # fmt: skip
         if not choice:
             return None
         self._claim = (remote, now + CLAIM_S)
@@ -206,7 +234,11 @@ class Crowd:
     def on_manifest(self, remote: Remote, manifest: Manifest) -> None:
         """See `SwarmListener`."""
         self._claim = None
-        if self._offer is not None and not self._offer.done():
+        if manifest.is_cdc and self.link.manifest_hash is None:
+            if not self._last_resort:
+                self._last_resort_at = time.monotonic()
+            self._last_resort.setdefault(manifest.manifest_hash, (manifest, remote))
+        elif self._offer is not None and not self._offer.done():
             self._offer.set_result((manifest, remote))
 
     def on_swarm(self, remote: Remote, answer: SwarmAnswer) -> None:

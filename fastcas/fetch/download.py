@@ -12,6 +12,7 @@ from fastcas.ids import Link, PeerAddr
 from fastcas.metadata import Manifest
 
 if TYPE_CHECKING:
+    from fastcas.fetch.seeds import SeedFiles
     from fastcas.peers.discovery import Discovery
     from fastcas.store.collection import Collection
     from fastcas.store.types import Identity
@@ -88,7 +89,7 @@ class DownloadResult:
 
     Attributes:
         path: The file (or folder, for a collection).
-        resumed_bytes: Found in an earlier part file. local_bytes: Taken from this machine.
+        resumed_bytes: Found in an earlier part file. local_bytes: Taken from this machine: its store, seed files.
         banned: Peers that lied or broke the protocol, with the reason.
     """
 
@@ -121,6 +122,7 @@ class Settings:
     raw: bool = False
     folder: Path | None = None
     callers: Callable[[bytes], Iterable[tuple[str, str, int]]] | None = None
+    seeds: SeedFiles | None = None
 
 
 async def download(
@@ -141,6 +143,7 @@ async def download(
     raw: bool = False,
     folder: Path | None = None,
     callers: Callable[[bytes], Iterable[tuple[str, str, int]]] | None = None,
+    seed_from: Sequence[Path] = (),
 ) -> DownloadResult:
     """Fetch a file from everybody who has it, prove it, and put it at its place.
 
@@ -158,6 +161,7 @@ async def download(
         force: Replace a destination with other content.
         raw: A collection is an ordinary file.
         callers: Returns [(node_id, ip, port)] of those who asked our own workers for a file: they may have part of it.
+        seed_from: Files and folders in which chunks may lie; peers are asked for the rest once they were looked at.
     Returns:
         The result; for a collection, of the folder.
     Raises:
@@ -168,12 +172,14 @@ async def download(
         DestinationExists: The destination has other content; nothing was fetched.
         StoreFull, PermissionDenied, StoreLocked, StoreError: The disk refuses; the part file is kept.
     """
-    settings = Settings(
-        discovery, tuple(peers), local, node_id, data_port, timeout_s, stall_timeout_s, hooks, progress,
-        trust_resume, force, raw, folder, callers,
-    )  # fmt: skip
     from fastcas.fetch.filefetch import FileFetch
     from fastcas.fetch.receiver import AsyncReceiver
+    from fastcas.fetch.seeds import SeedFiles
+
+    settings = Settings(
+        discovery, tuple(peers), local, node_id, data_port, timeout_s, stall_timeout_s, hooks, progress,
+        trust_resume, force, raw, folder, callers, SeedFiles(seed_from) if seed_from else None,
+    )  # fmt: skip
 
     receiver = AsyncReceiver()
     try:

@@ -21,7 +21,7 @@ from fastcas.ids import Link, PeerAddr, parse_peer, parse_ref, short
 from fastcas.limits import FETCH_TIMEOUT_S
 from fastcas.node.control_client import ControlClient
 from fastcas.node.folder import SOCKET_NAME
-from fastcas.node.operations import LOCAL_OPERATIONS, Operations
+from fastcas.node.operations import LOCAL_OPERATIONS, Operations, seeds_of
 from fastcas.peers.discovery import CompositeDiscovery, Discovery, StaticDiscovery
 from fastcas.store import Store
 from fastcas.store.paths import shown
@@ -226,6 +226,7 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     peers = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
     timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
     raw, force = bool(args.get("raw")), bool(args.get("force"))
+    seeds = seeds_of(args)
     relay = ProgressRelay(on_progress)
     out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
     folder = Path(os.fsdecode(args["folder"]))
@@ -238,7 +239,7 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     async with _dht_client(args, link, is_needed=not peers and not link.peers) as dht:
         result = await download(
             link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s, hooks=hooks,
-            progress=relay, raw=raw, force=force,
+            progress=relay, raw=raw, force=force, seed_from=seeds,
         )  # fmt: skip
     if store is not None:
         for path, manifest, is_proven in hooks.files:

@@ -69,6 +69,7 @@ def result_to_map(result: DownloadResult) -> dict[str, Any]:
         "size": result.size,
         "seconds": round(result.seconds, 3),
         "bytes_by_peer": {str(peer): count for peer, count in result.bytes_by_peer.items()},
+        "fetched_bytes": sum(result.bytes_by_peer.values()),
         "resumed_bytes": result.resumed_bytes,
         "local_bytes": result.local_bytes,
         "banned": {str(peer): reason for peer, reason in result.banned.items()},
@@ -163,6 +164,7 @@ class Downloads:
         timeout_s: float,
         raw: bool = False,
         force: bool = False,
+        seed_from: Sequence[Path] = (),
         on_progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
         """Fetch a file or collection, and seed it where it is.
@@ -175,6 +177,7 @@ class Downloads:
             timeout_s: For the first peer and the manifest.
             raw: A collection is an ordinary file.
             force: Replace a destination with other content.
+            seed_from: Files and folders in which chunks may lie.
             on_progress: Gets plain maps.
         Returns:
             `result_to_map` of the download.
@@ -202,7 +205,7 @@ class Downloads:
                 link, out, discovery=self._discovery(), peers=[*peers, *self._named_peers], local=local,
                 node_id=self._node_id, data_port=self._data_port(), timeout_s=timeout_s, hooks=seeding,
                 progress=progress, raw=raw, force=force, folder=folder,
-                callers=self._callers,
+                callers=self._callers, seed_from=seed_from,
             )  # fmt: skip
             registering = [
                 asyncio.ensure_future(self._register(path, manifest, path.name))

@@ -22,7 +22,7 @@ from fastcas.node.announcer import Announcement
 from fastcas.node.control import Request
 from fastcas.node.listeners import reachable_host
 from fastcas.node.node_discovery import serve_discovery
-from fastcas.node.operations import LOCAL_OPERATIONS
+from fastcas.node.operations import LOCAL_OPERATIONS, seeds_of
 from fastcas.node.own_discovery import OwnDiscovery
 from fastcas.node.verifying import RepairPeers, report_to_map, run_scrub
 from fastcas.peers.discovery import CompositeDiscovery, Discovery, NodeHint, PeerHint
@@ -198,13 +198,14 @@ class RequestHandler:
         out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
         if not (out or folder).is_absolute():
             raise UsageError("out: expected an absolute path")
+        seeds = seeds_of(args)
         here = await self._export(request, link, out, folder)
         if here is not None:
             return here
         try:
             return await self._agent.downloads.get(
                 link, out, folder=folder, peers=peers, timeout_s=timeout_s, raw=bool(args.get("raw")),
-                force=bool(args.get("force")), on_progress=request.progress,
+                force=bool(args.get("force")), seed_from=seeds, on_progress=request.progress,
             )  # fmt: skip
         finally:
             self._agent.partials.republish()

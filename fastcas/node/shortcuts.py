@@ -13,6 +13,7 @@ from fastcas.config import default_storage, storage_root
 from fastcas.errors import NotFound, PermissionDenied, UsageError
 from fastcas.ids import PeerAddr, parse_chunk_size, parse_parity, parse_peer, parse_ref
 from fastcas.limits import FETCH_TIMEOUT_S
+from fastcas.metadata import check_chunking
 from fastcas.node.access import open_access
 from fastcas.store import StoredFile
 from fastcas.store.paths import shown
@@ -29,6 +30,7 @@ def store(
     *,
     storage_dir: str | os.PathLike[str] | None = None,
     chunk_size: int | str | None = None,
+    chunking: str = "fixed",
     parity: tuple[int, int] | str | None = None,
     in_place: bool = False,
     progress: Progress | None = None,
@@ -38,7 +40,8 @@ def store(
     Args:
         path: File or directory.
         storage_dir: Storage folder; default `$FASTCAS_STORAGE`, else `./storage`; made if it is not there.
-        chunk_size: Bytes, or text such as "1MiB"; None or "auto": automatic.
+        chunk_size: Bytes, or text such as "1MiB"; None or "auto": automatic. Cut by content: of the average chunk.
+        chunking: "fixed", or "cdc": cut by content, so that another version shares what did not change; no parity.
         parity: (k, m) or "k+m", None: no parity.
         in_place: Seed from the file where it is.
         progress: Called with {"done", "total"} in bytes.
@@ -49,6 +52,7 @@ def store(
     """
     size = parse_chunk_size(chunk_size) if isinstance(chunk_size, str) else chunk_size
     shape = parse_parity(parity) if isinstance(parity, str) else parity
+    check_chunking(chunking, shape)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as exc:
@@ -61,7 +65,7 @@ def store(
     real = os.path.realpath(path)
     args = {
         "path": os.fsencode(real), "name": os.path.basename(real), "is_dir": is_dir, "chunk_size": size,
-        "parity": list(shape) if shape is not None else None, "in_place": in_place,
+        "chunking": chunking, "parity": list(shape) if shape is not None else None, "in_place": in_place,
     }  # fmt: skip
 
     def work() -> StoredFile:
@@ -86,6 +90,7 @@ def get(
     storage_dir: str | os.PathLike[str] | None = None,
     timeout: float = FETCH_TIMEOUT_S,
     force: bool = False,
+    seed_from: Sequence[str | os.PathLike[str]] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Fetch a file or collection by hash or link and return where it is.
@@ -98,6 +103,7 @@ def get(
         storage_dir: As for `store`; a node that runs there fetches the file and serves it from then on.
         timeout: Seconds for the first peer and the manifest.
         force: Replace a destination with other content.
+        seed_from: Files and folders, such as the version before: chunks that lie in them are not fetched.
         progress: Called with {"done", "total", "rate_Bps", "peers", "waiting_on"}.
     Raises:
         UsageError: An argument.
@@ -109,6 +115,7 @@ def get(
         "ref": str(parse_ref(ref)), "out": os.fsencode(os.path.abspath(out)) if out is not None else None,
         "folder": os.fsencode(os.getcwd()), "peers": [_peer_text(p) for p in peers],
         "bootstrap": [_peer_text(p) for p in bootstrap], "timeout_s": timeout, "force": force,
+        "seed_from": [os.fsencode(os.path.abspath(path)) for path in seed_from],
     }  # fmt: skip
 
     def work() -> Path:

@@ -116,6 +116,7 @@ def store_tree(
     *,
     name: str | None,
     chunk_size: int | None,
+    chunking: str,
     parity: tuple[int, int] | None,
     in_place: bool,
     posix_names: bool,
@@ -143,7 +144,7 @@ def store_tree(
         except CollectionCorrupt as exc:
             raise UsageError(f"{shown(path)}: cannot be stored: {exc}") from exc
         title = name or shown(os.path.basename(root) or "root")
-        return _ingest(core, root_fd, root, title, scan, chunk_size, parity, in_place, progress)
+        return _ingest(core, root_fd, root, title, scan, chunk_size, chunking, parity, in_place, progress)
     finally:
         os.close(root_fd)
 
@@ -155,6 +156,7 @@ def _ingest(
     title: str,
     scan: _Scan,
     chunk_size: int | None,
+    chunking: str,
     parity: tuple[int, int] | None,
     in_place: bool,
     progress: Progress | None,
@@ -182,7 +184,7 @@ def _ingest(
             ]
             chain = ChainSource(parts, shown(root))
             try:
-                staged = ingest.add(chain, chunk_size=chunk_size, parity=parity, progress=step)
+                staged = ingest.add(chain, chunk_size=chunk_size, chunking=chunking, parity=parity, progress=step)
             finally:
                 chain.close()
             offset = 0
@@ -201,7 +203,9 @@ def _ingest(
                     raise FileChanged(f"{source.label}: changed before it was read; nothing of it was stored")
                 if in_place:
                     make_way(core, os.fsencode(absolute), leaf.identity)
-                staged = ingest.add(source, chunk_size=chunk_size, parity=parity, in_place=in_place, progress=step)
+                staged = ingest.add(
+                    source, chunk_size=chunk_size, chunking=chunking, parity=parity, in_place=in_place, progress=step
+                )
             finally:
                 source.close()
             manifest = staged.manifest
@@ -211,7 +215,7 @@ def _ingest(
             entries.append(Entry(staged, None))
             done += manifest.size
         data = Collection(tuple(packs), tuple(scan.dirs), tuple(files), tuple(smalls)).encode()
-        staged = ingest.add(BytesSource(data, title), chunk_size=chunk_size, parity=parity)
+        staged = ingest.add(BytesSource(data, title), chunk_size=chunk_size, chunking=chunking, parity=parity)
         members = sorted({entry.staged.manifest.manifest_hash for entry in entries})
         top = Entry(staged, title, is_collection=True, members=members)
         new_bytes = staged.new_bytes + sum(entry.staged.new_bytes for entry in entries)
