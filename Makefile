@@ -10,7 +10,7 @@ C_FILES := $(shell find csrc -name '*.c')
 C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
 .PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean parity-patterns
-.PHONY: dht-hostile dht-real dht-attacks dht-churn bench-dht
+.PHONY: dht-hostile dht-real dht-attacks dht-churn bench-dht bench-dedup
 
 build: $(STAMP)
 
@@ -78,6 +78,10 @@ bench: bench-tools
 	$(PY) -m bench.kernels
 	$(PY) -m bench.dht
 	$(PY) -m pytest -q bench/table.py
+
+# Bytes that a new version takes: fastcas, casync, rsync on two releases of a wheel from the package index
+bench-dedup: bench-tools
+	$(PY) -m bench.dedup
 
 bench-dht: build
 	$(PY) -m bench.dht
