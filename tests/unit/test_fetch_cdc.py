@@ -156,11 +156,11 @@ def test_resume_takes_what_is_there(tmp_path: Path, journal: str) -> None:
         if journal == "damaged":  # what lies in the part file is found by its holes, and hashed
             path = tmp_path / "out.fastcas-journal"
             data = bytearray(path.read_bytes())
-            data[-1] ^= 1
+            data[60] ^= 1
             path.write_bytes(data)
         async with CutPeer() as peer:
             result = await get(peer.link(), tmp_path / "out")
-            assert result.resumed_bytes >= there - MANIFEST.chunk_size
+            assert result.resumed_bytes == there
             assert sum(result.bytes_by_peer.values()) == len(CONTENT) - result.resumed_bytes
 
     run(work)
