@@ -47,6 +47,7 @@ def ext(module: str, sources: list[str]) -> Extension:
 
 EXTENSIONS = [
     ext("fastcas.hashing._sha256", ["common/*.c", "sha256/*.c"]),
+    ext("fastcas.hashing._cdc", ["cdc/*.c"]),
     ext("fastcas.parity._gf256", ["common/*.c", "gf256/*.c"]),
     ext("fastcas.table._table", ["table/table.c", "table/blobs.c"]),
     ext(

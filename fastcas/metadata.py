@@ -9,7 +9,7 @@ the bytes are canonical by construction.
     offset  size      field
     0       8         magic "FCASMAN1"
     8       1         algorithm of chunk and content hashes: 1 = SHA-256
-    9       1         flags, 0 (an unknown flag is an error)
+    9       1         flags: 0 = chunks of one size, 1 = cut by content (see below; any other flag is an error)
     10      1         k: data chunks per stripe, 0 = no parity
     11      1         m: parity chunks per stripe, 0 = no parity
     12      4         chunk_size in bytes, a power of two, 16 KiB..16 MiB
@@ -25,17 +25,42 @@ the bytes are canonical by construction.
 Stripe s consists of data chunks s*k .. min((s+1)*k, n)-1. Its shards are as long as its longest data chunk; a
 shorter last chunk is padded with zeros for the arithmetic, absent data chunks of the last stripe are zeros. So a
 parity chunk's length is chunk_size, or the last chunk's length where that is the only one of its stripe.
+
+A manifest of chunks that were cut by content (flags = 1; the rule stands in csrc/cdc/cdc.h) has explicit lengths. It
+has no midstates, as cuts are no multiples of SHA-256's block, and no parity.
+
+    offset  size      field
+    0       8         magic "FCASMAN1"
+    8       1         algorithm, 1
+    9       1         flags, 1
+    10      2         0 (no parity)
+    12      4         chunk_size in bytes: the longest that a chunk may be, a power of two, 256 KiB..16 MiB. It is
+                      four times the average of the cut rule and sixteen times the shortest
+    16      8         size of the file in bytes, 1..2^50 (an empty file has a manifest of the first kind)
+    24      4         n: number of chunks, 1..200,000
+    28      4         0 (no parity)
+    32      32        file_hash
+    64      32*n      chunk hashes, in order
+    ..      4*n       lengths in bytes, in order: all but the last chunk_size / 16..chunk_size, the last
+                      1..chunk_size; their sum is size
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+import sys
+from array import array
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 from fastcas.errors import ManifestCorrupt, UsageError
 from fastcas.limits import (
+    CDC_AVERAGE_AUTO,
+    CDC_AVERAGE_MAX,
+    CDC_AVERAGE_MIN,
     CHUNK_SIZE_AUTO,
     CHUNK_SIZE_MAX,
     CHUNK_SIZE_MIN,
@@ -48,10 +73,25 @@ from fastcas.limits import (
     STRIPE_BYTES_MAX,
 )
 
-__all__ = ["EMPTY_SHA256", "FileMetadata", "Manifest", "check_parity", "choose_chunk_size"]
+__all__ = [
+    "CDC",
+    "CHUNKINGS",
+    "EMPTY_SHA256",
+    "FIXED",
+    "FileMetadata",
+    "Manifest",
+    "check_chunking",
+    "check_parity",
+    "choose_average",
+    "choose_chunk_size",
+]
 
 MAGIC = b"FCASMAN1"
 ALGORITHM_SHA256 = 1
+FLAG_CDC = 1
+FIXED, CDC = CHUNKINGS = ("fixed", "cdc")
+LONGEST = 4  # of the cut rule, in averages
+SHORTEST = 16  # the longest, in shortest
 HEADER = struct.Struct("<8sBBBBIQII32s")
 EMPTY_SHA256 = hashlib.sha256(b"").digest()
 SHA256_IV = bytes.fromhex("6a09e667bb67ae853c6ef372a54ff53a510e527f9b05688c1f83d9ab5be0cd19")
@@ -78,6 +118,40 @@ def choose_chunk_size(size: int, wanted: int | None = None) -> int:
     return chunk_size
 
 
+def choose_average(size: int, wanted: int | None = None) -> int:
+    """Return the average chunk of a file of `size` bytes that is cut by content: `wanted`, or the automatic one.
+
+    Raises:
+        UsageError: `wanted` is not a power of two in 64 KiB..4 MiB, or would make more than 200,000 chunks.
+    """
+    average = CDC_AVERAGE_AUTO if wanted is None else wanted
+    if not CDC_AVERAGE_MIN <= average <= CDC_AVERAGE_MAX or average & (average - 1):
+        raise UsageError(
+            f"chunk size: expected a power of two from 64 KiB to 4 MiB as the average of chunks cut by content, "
+            f"got {average} B"
+        )
+    while wanted is None and size > average * CHUNKS_AUTO_MAX and average < CDC_AVERAGE_MAX:
+        average *= 2
+    if size // average > CHUNKS_MAX:
+        raise UsageError(f"chunk size: an average of {average} B would cut {size} B into more than {CHUNKS_MAX} chunks")
+    return average
+
+
+def check_chunking(chunking: str, parity: tuple[int, int] | None) -> None:
+    """Check how a file is to be cut, before anything is read.
+
+    Raises:
+        UsageError: Neither "fixed" nor "cdc", or cut by content with parity.
+    """
+    if chunking not in CHUNKINGS:
+        raise UsageError(f"chunking: expected one of {', '.join(CHUNKINGS)}, got {chunking!r}")
+    if chunking == CDC and parity is not None:
+        raise UsageError(
+            "chunking cdc: chunks that are cut by content cannot have parity (stripes need chunks of one size); "
+            "store with fixed chunks, or without parity; nothing was stored"
+        )
+
+
 def check_parity(size: int, chunk_size: int, k: int, m: int) -> None:
     """Check a parity shape for a file of `size` bytes, before anything is read or allocated.
 
@@ -101,11 +175,12 @@ class Manifest:
     Attributes:
         file_hash: SHA-256 of the content, 32 bytes.
         size: Bytes of content.
-        chunk_size: Bytes per chunk, the last one may be shorter.
+        chunk_size: Bytes per chunk, the last one may be shorter; cut by content: the longest that one may be.
         hashes: Chunk hashes back to back, 32 * n bytes.
         midstates: Chaining values after chunk 0..n-2 back to back, 32 * max(n - 1, 0) bytes.
         k, m: Stripe shape, both 0 without parity.
         parity_hashes: Parity chunk hashes back to back, 32 * p bytes.
+        lengths: Cut by content: bytes of each chunk, n little-endian 32-bit numbers back to back; else empty.
     Raises:
         ManifestCorrupt: The numbers contradict each other or the limits.
     """
@@ -118,14 +193,21 @@ class Manifest:
     k: int = 0
     m: int = 0
     parity_hashes: bytes = field(default=b"", repr=False)
+    lengths: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
         who = f"manifest of {self.file_hash[:4].hex()}"
-        n, p = _check_shape(who, self.size, self.chunk_size, self.k, self.m)
+        if self.lengths:
+            n, p, n_mid = len(self.lengths) // 4, 0, 0
+            _check_cdc_shape(who, self.size, self.chunk_size, n, self.k, self.m)
+            _check_lengths(who, self.lengths, self.size, self.chunk_size)
+        else:
+            n, p = _check_shape(who, self.size, self.chunk_size, self.k, self.m)
+            n_mid = max(n - 1, 0)
         for what, data, count in (
             ("file hash", self.file_hash, 1),
             ("chunk hashes", self.hashes, n),
-            ("midstates", self.midstates, max(n - 1, 0)),
+            ("midstates", self.midstates, n_mid),
             ("parity hashes", self.parity_hashes, p),
         ):
             if len(data) != 32 * count:
@@ -139,6 +221,34 @@ class Manifest:
     def n_chunks(self) -> int:
         """Number of data chunks."""
         return len(self.hashes) // 32
+
+    @property
+    def chunking(self) -> str:
+        """How the file is cut: "fixed" or "cdc"."""
+        return CDC if self.lengths else FIXED
+
+    @property
+    def is_cdc(self) -> bool:
+        """Whether it is cut by content: there are no midstates, and the content is proven by its hash at the end."""
+        return bool(self.lengths)
+
+    @property
+    def wanted_size(self) -> int:
+        """What to ask for to cut like this: bytes per chunk, or of the average chunk."""
+        return self.chunk_size // LONGEST if self.lengths else self.chunk_size
+
+    @cached_property
+    def _starts(self) -> array[int]:
+        """Where each chunk of a file cut by content begins, and the file's end."""
+        return array("Q", accumulate(_numbers(self.lengths), initial=0))
+
+    def offset_of(self, index: int) -> int:
+        """Return where data chunk `index` begins in the file, bytes; n_chunks: the end of fixed chunks or the file."""
+        return self._starts[index] if self.lengths else index * self.chunk_size
+
+    def chunk_at(self, offset: int) -> int:
+        """Return the data chunk that holds the byte at `offset`, 0 <= offset < size."""
+        return bisect_right(self._starts, offset) - 1 if self.lengths else offset // self.chunk_size
 
     @property
     def n_parity(self) -> int:
@@ -165,6 +275,8 @@ class Manifest:
     def length_of(self, index: int) -> int:
         """Return the length in bytes of chunk `index`: data chunks first, then parity chunks."""
         n = self.n_chunks
+        if self.lengths:
+            return self._starts[index + 1] - self._starts[index]
         if index < n - 1:
             return self.chunk_size
         if index < n:
@@ -197,10 +309,10 @@ class Manifest:
     def data(self) -> bytes:
         """The canonical bytes."""
         header = HEADER.pack(
-            MAGIC, ALGORITHM_SHA256, 0, self.k, self.m, self.chunk_size, self.size, self.n_chunks, self.n_parity,
-            self.file_hash,
+            MAGIC, ALGORITHM_SHA256, FLAG_CDC if self.lengths else 0, self.k, self.m, self.chunk_size, self.size,
+            self.n_chunks, self.n_parity, self.file_hash,
         )  # fmt: skip
-        return b"".join((header, self.hashes, self.midstates, self.parity_hashes))
+        return b"".join((header, self.hashes, self.midstates, self.parity_hashes, self.lengths))
 
     @cached_property
     def manifest_hash(self) -> bytes:
@@ -223,15 +335,23 @@ class Manifest:
         who = f"manifest of {file_hash[:4].hex()}"
         if magic != MAGIC:
             raise ManifestCorrupt(f"{who}: version {magic[7:8]!r} is unknown")
-        if algorithm != ALGORITHM_SHA256 or flags:
+        if algorithm != ALGORITHM_SHA256 or flags & ~FLAG_CDC:
             raise ManifestCorrupt(f"{who}: algorithm {algorithm}, flags {flags}: unknown")
+        view = memoryview(data)
+        at = HEADER.size
+        if flags & FLAG_CDC:
+            _check_cdc_shape(who, size, chunk_size, n, k, m)
+            if p:
+                raise ManifestCorrupt(f"{who}: {p} parity chunks beside chunks cut by content")
+            if size_B != at + 36 * n:
+                raise ManifestCorrupt(f"{who}: expected {at + 36 * n} B, got {size_B} B")
+            hashes = bytes(view[at : (at := at + 32 * n)])
+            return cls(file_hash, size, chunk_size, hashes, b"", lengths=bytes(view[at:]))
         if (n, p) != _check_shape(who, size, chunk_size, k, m):
             raise ManifestCorrupt(f"{who}: {n} chunks and {p} parity chunks do not fit {size} B in {chunk_size} B each")
         n_mid = max(n - 1, 0)
         if size_B != HEADER.size + 32 * (n + n_mid + p):
             raise ManifestCorrupt(f"{who}: expected {HEADER.size + 32 * (n + n_mid + p)} B, got {size_B} B")
-        at = HEADER.size
-        view = memoryview(data)
         hashes = bytes(view[at : (at := at + 32 * n)])
         midstates = bytes(view[at : (at := at + 32 * n_mid)])
         return cls(file_hash, size, chunk_size, hashes, midstates, k, m, bytes(view[at:]))
@@ -254,6 +374,43 @@ def _check_shape(who: str, size: int, chunk_size: int, k: int, m: int) -> tuple[
     if HEADER.size + 32 * (n + max(n - 1, 0) + p) > MANIFEST_SIZE_MAX:
         raise ManifestCorrupt(f"{who}: {n} chunks and {p} parity chunks need a manifest over {MANIFEST_SIZE_MAX} B")
     return n, p
+
+
+def _check_cdc_shape(who: str, size: int, chunk_size: int, n: int, k: int, m: int) -> None:
+    """Raise ManifestCorrupt unless n chunks cut by content with this longest one are within the limits."""
+    longest = CDC_AVERAGE_MAX * LONGEST
+    if not CDC_AVERAGE_MIN * LONGEST <= chunk_size <= longest or chunk_size & (chunk_size - 1):
+        raise ManifestCorrupt(f"{who}: longest chunk {chunk_size} B is not a power of two from 256 KiB to 16 MiB")
+    if not 1 <= size <= FILE_SIZE_MAX:
+        raise ManifestCorrupt(f"{who}: size {size} B is not within 1..{FILE_SIZE_MAX} B, as chunks cut by content need")
+    if not 1 <= n <= CHUNKS_MAX:
+        raise ManifestCorrupt(f"{who}: {n} chunks, expected 1..{CHUNKS_MAX}")
+    if k or m:
+        raise ManifestCorrupt(f"{who}: parity {k}+{m} of chunks that are cut by content")
+
+
+def _numbers(lengths: bytes) -> array[int]:
+    numbers = array("I", lengths)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
+def _check_lengths(who: str, lengths: bytes, size: int, chunk_size: int) -> None:
+    """Raise ManifestCorrupt unless the lengths are the rule's and add up."""
+    if len(lengths) % 4:
+        raise ManifestCorrupt(f"{who}: lengths: expected a multiple of 4 B, got {len(lengths)} B")
+    numbers = _numbers(lengths)
+    if (
+        max(numbers) > chunk_size
+        or numbers[-1] == 0
+        or (len(numbers) > 1 and min(numbers[:-1]) < chunk_size // SHORTEST)
+    ):
+        raise ManifestCorrupt(
+            f"{who}: a chunk's length is not within {chunk_size // SHORTEST}..{chunk_size} B (the last one's, 1..)"
+        )
+    if sum(numbers) != size:
+        raise ManifestCorrupt(f"{who}: the chunks have {sum(numbers)} B together, expected {size} B")
 
 
 @dataclass

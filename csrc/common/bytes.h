@@ -24,6 +24,11 @@ static inline void fcas_store_be64(uint8_t *p, uint64_t v)
     memcpy(p, &v, 8);
 }
 
+static inline uint32_t fcas_load_le32(const uint8_t *p)
+{
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
 static inline uint64_t fcas_load_le64(const uint8_t *p)
 {
     uint64_t v;

@@ -65,15 +65,17 @@ typedef struct fcas_source {
 typedef struct {
     fcas_cached *manifest;
     uint64_t hashes_at;  /* file offset of the chunk hashes in the manifest's blob */
+    uint64_t lengths_at; /* of the chunks' lengths; 0: all have chunk_size but the last */
     uint64_t left;       /* bytes of the response that no extent covers yet */
     uint64_t size;       /* of the file */
-    uint32_t chunk_size;
+    uint32_t chunk_size; /* with lengths: the longest */
     uint32_t n_chunks;
     uint32_t next;       /* chunk number */
     uint32_t skip;       /* bytes of chunk `next` before the range */
     uint32_t first_hash; /* chunk number of hashes[0] */
     uint32_t n_hashes;
     uint8_t  hashes[FCAS_HASHES_AHEAD * 32];
+    uint8_t  lengths[FCAS_HASHES_AHEAD * 4];
 } fcas_run;
 
 typedef enum { CONN_FREE = 0, CONN_READING, CONN_QUEUED, CONN_SENDING, CONN_PARKED, CONN_LINGERING } fcas_conn_state;
@@ -297,7 +299,8 @@ fcas_send_result fcas_send(fcas_engine *e, fcas_conn *c, uint64_t *turn);
 int fcas_run_start(fcas_engine *e, fcas_conn *c, const fcas_run *shape, uint64_t first, uint64_t last);
 /* The next extent of c's run into c. 0, or -1: it cannot be served. */
 int fcas_run_next(fcas_engine *e, fcas_conn *c);
-/* Read a manifest's header: fills shape (manifest referenced, size, chunk_size, n_chunks, hashes_at). 0 or a status. */
+/* Read a manifest's header: fills shape (manifest referenced, size, chunk_size, n_chunks, hashes_at, lengths_at).
+ * 0 or a status. */
 int fcas_run_open(fcas_engine *e, const uint8_t file_hash[32], fcas_run *shape);
 
 /* ---- route.c ---- */

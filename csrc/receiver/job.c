@@ -6,21 +6,57 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "common/bytes.h"
+
 /* Slice that is hashed between two reads, so that its bytes are still in the cache. */
 #define SLICE (128u * 1024u)
+
+/* Where each chunk begins, and the end. */
+static fcas_status starts_of(const fcas_rx_layout *layout, uint64_t **out)
+{
+    uint64_t *starts = malloc(((size_t)layout->n_chunks + 1) * sizeof *starts);
+    uint64_t  at = 0;
+    if (starts == NULL) {
+        return FCAS_E_NOMEM;
+    }
+    for (uint32_t i = 0; i < layout->n_chunks; i++) {
+        const uint32_t length = fcas_load_le32(layout->lengths + 4 * (size_t)i);
+        starts[i] = at;
+        if (length == 0 || length > layout->chunk_size) {
+            free(starts);
+            return FCAS_E_ARG;
+        }
+        at += length; /* 2^32 chunks of 2^32 bytes at most */
+    }
+    starts[layout->n_chunks] = at;
+    if (at != layout->size) {
+        free(starts);
+        return FCAS_E_ARG;
+    }
+    *out = starts;
+    return FCAS_OK;
+}
 
 fcas_status fcas_rx_job_new(const fcas_rx_layout *layout, int fd, int direct_fd, int parity_fd, fcas_rx_job **out)
 {
     const size_t n_hashes = 32 * (size_t)layout->n_chunks;
-    const size_t n_mid = layout->n_chunks == 0 ? 0 : n_hashes - 32;
+    const size_t n_mid = layout->n_chunks == 0 || layout->lengths != NULL ? 0 : n_hashes - 32;
     const size_t n_parity = 32 * (size_t)layout->n_parity;
     fcas_rx_job *job = calloc(1, sizeof *job);
     if (job == NULL) {
         return FCAS_E_NOMEM;
     }
     job->fd = job->direct_fd = job->parity_fd = -1;
+    if (layout->lengths != NULL) {
+        const fcas_status status = starts_of(layout, &job->starts);
+        if (status != FCAS_OK) {
+            free(job);
+            return status;
+        }
+    }
     job->arrays = malloc(n_hashes + n_mid + n_parity + 1);
     if (job->arrays == NULL) {
+        free(job->starts);
         free(job);
         return FCAS_E_NOMEM;
     }
@@ -35,6 +71,7 @@ fcas_status fcas_rx_job_new(const fcas_rx_layout *layout, int fd, int direct_fd,
     if (n_parity != 0) {
         memcpy(job->arrays + n_hashes + n_mid, layout->parity_hashes, n_parity);
     }
+    job->layout.lengths = NULL; /* the caller's; starts say it */
     job->layout.hashes = job->arrays;
     job->layout.midstates = job->arrays + n_hashes;
     job->layout.parity_hashes = job->arrays + n_hashes + n_mid;
@@ -74,6 +111,7 @@ void fcas_rx_job_release(fcas_rx_job *job)
     if (job->parity_fd >= 0) {
         close(job->parity_fd);
     }
+    free(job->starts);
     free(job->arrays);
     free(job);
 }
@@ -88,6 +126,9 @@ uint32_t fcas_rx_job_length(const fcas_rx_job *job, uint32_t index)
         }
         index = j / layout->m * layout->k; /* a stripe is as long as its first data chunk */
     }
+    if (job->starts != NULL) {
+        return (uint32_t)(job->starts[index + 1] - job->starts[index]);
+    }
     if (index + 1 < layout->n_chunks) {
         return layout->chunk_size;
     }
@@ -99,7 +140,7 @@ void fcas_rx_check_begin(fcas_rx_check *check, const fcas_rx_job *job, uint32_t 
     const fcas_rx_layout *layout = &job->layout;
     fcas_sha256_init(&check->own, layout->kernel);
     /* With a single chunk both hashes are the same number: the chunk's own is enough. */
-    check->has_link = layout->check_links && index < layout->n_chunks && layout->n_chunks > 1;
+    check->has_link = layout->check_links && job->starts == NULL && index < layout->n_chunks && layout->n_chunks > 1;
     if (!check->has_link) {
         return;
     }
@@ -176,7 +217,7 @@ int fcas_rx_job_write(const fcas_rx_job *job, uint32_t index, const uint8_t *p)
     const uint32_t place = is_data ? index : index - layout->n_chunks;
     const int fd = is_data ? job->fd : job->parity_fd;
     size_t left = fcas_rx_job_length(job, index);
-    off_t offset = (off_t)place * (off_t)layout->chunk_size;
+    off_t offset = is_data && job->starts != NULL ? (off_t)job->starts[place] : (off_t)place * (off_t)layout->chunk_size;
     while (left > 0) {
         const ssize_t n = pwrite(fd, p, left, offset);
         if (n < 0) {

@@ -15,12 +15,13 @@
 
 typedef struct {
     uint64_t size;       /* bytes of content */
-    uint32_t chunk_size; /* a power of two, a multiple of 64 */
-    uint32_t n_chunks;   /* data chunks = ceil(size / chunk_size), > 0 */
+    uint32_t chunk_size; /* a power of two, a multiple of 64; with lengths: the longest chunk */
+    uint32_t n_chunks;   /* data chunks = ceil(size / chunk_size), > 0; with lengths: as many as they are */
     uint32_t n_parity;
     uint32_t k, m;       /* stripe shape, 0 without parity */
     const uint8_t *hashes;        /* 32 * n_chunks */
-    const uint8_t *midstates;     /* 32 * (n_chunks - 1) */
+    const uint8_t *midstates;     /* 32 * (n_chunks - 1); none with lengths */
+    const uint8_t *lengths;       /* NULL: chunks of one size. Else 4 * n_chunks: each one's bytes, little-endian */
     const uint8_t *parity_hashes; /* 32 * n_parity */
     uint8_t file_hash[32];
     bool check_links;    /* of data chunks; without, their own hashes alone count */
@@ -30,7 +31,8 @@ typedef struct {
 typedef struct {
     fcas_rx_layout layout; /* its pointers lead into `arrays` */
     uint8_t *arrays;
-    int fd;                /* the part file: data chunk i lies at i * chunk_size */
+    uint64_t *starts;      /* with lengths: where each chunk begins, and the end; else NULL */
+    int fd;                /* the part file: data chunk i lies where it does in the content */
     int direct_fd;         /* the part file again, O_DIRECT: whole chunks are written past the page cache; -1: none */
     int parity_fd;         /* parity chunk j lies at j * chunk_size; -1: parity is not fetched */
     atomic_int users;
@@ -43,11 +45,12 @@ typedef struct {
 enum {
     FCAS_RX_HASH_OK = 1, /* the bytes' SHA-256 is the listed one */
     FCAS_RX_LINK_OK = 2, /* from the chaining value before it they lead to the one after it */
-    FCAS_RX_HAS_LINK = 4 /* the link was checked at all: not of parity, nor if the layout does without */
+    FCAS_RX_HAS_LINK = 4 /* the link was checked at all: not of parity, of chunks with lengths, or if the layout
+                          * does without */
 };
 
 /* Copy the layout and duplicate the descriptors (direct_fd and parity_fd may be -1). FCAS_E_NOMEM, FCAS_E_SYS with
- * errno. */
+ * errno; FCAS_E_ARG: a length is 0 or over chunk_size, or they do not add up to size. */
 fcas_status fcas_rx_job_new(const fcas_rx_layout *layout, int fd, int direct_fd, int parity_fd, fcas_rx_job **out);
 void fcas_rx_job_hold(fcas_rx_job *job);
 /* The last release frees it. */

@@ -77,7 +77,8 @@ void fcas_rx_settler_written(fcas_rx_settler *s)
 
 static bool goes_direct(const fcas_rx_settler *s, const fcas_rx_request *r)
 {
-    return s->has_aio && r->job->direct_fd >= 0 && r->index < r->job->layout.n_chunks && r->length % SECTOR == 0;
+    return s->has_aio && r->job->direct_fd >= 0 && r->job->starts == NULL && r->index < r->job->layout.n_chunks &&
+           r->length % SECTOR == 0;
 }
 
 static fcas_rx_write *prepare_write(fcas_rx_settler *s, fcas_rx_request *r, fcas_rx_buffer *buffer)

@@ -41,6 +41,7 @@ from fastcas.ids import (
     parse_subset,
 )
 from fastcas.limits import STALL_TIMEOUT_S
+from fastcas.metadata import CDC, check_chunking
 
 __all__ = ["command", "main"]
 
@@ -57,20 +58,25 @@ def command() -> None:
 @click.argument("path", metavar="PATH")
 @storage_option
 @click.option("--chunk-size", metavar="SIZE|auto", default="auto", show_default=True, help="16KiB to 16MiB")
+@click.option("--chunking", type=click.Choice(["fixed", "cdc"]), default="fixed", show_default=True,
+              help="cdc cuts by content: another version shares what did not change; --chunk-size is the average then")
 @click.option("--parity", metavar="K+M", help="M parity chunks for every K data chunks")
 @click.option("--in-place", is_flag=True, help="seed from the file where it is, without a copy")
 @click.option("--quota", metavar="SIZE|none", help="set the storage folder's quota first; it is remembered")
 @json_option
 def store_command(
-    path: str, storage_dir: str, chunk_size: str, parity: str | None, in_place: bool, quota: str | None, as_json: bool
+    path: str, storage_dir: str, chunk_size: str, chunking: str, parity: str | None, in_place: bool, quota: str | None,
+    as_json: bool,
 ) -> None:
     """Store a file or directory, and announce it if a node runs on the storage folder."""
     args: dict[str, Any] = {
         "path": os.fsencode(os.path.realpath(path)),
         "chunk_size": parse_chunk_size(chunk_size, "--chunk-size"),
+        "chunking": chunking,
         "parity": list(parse_parity(parity, "--parity")) if parity is not None else None,
         "in_place": in_place,
     }
+    check_chunking(chunking, args["parity"])
     if quota is not None:
         args["quota"] = parse_quota(quota, "--quota")
     fd = _open_source(path)
@@ -108,6 +114,8 @@ def _open_source(path: str) -> int:
 @storage_option
 @network_options
 @fetch_options
+@click.option("--seed-from", "seed_from", multiple=True, metavar="PATH",
+              help="a file or directory, such as the version before: chunks in it are not fetched (repeatable)")
 @click.option("--force", is_flag=True, help="replace a destination with other content")
 @click.option("--raw", is_flag=True, help="fetch a collection as the file that describes it")
 @click.option("--stall-timeout", type=click.FloatRange(min=0.001), default=STALL_TIMEOUT_S, show_default=True,
@@ -116,8 +124,8 @@ def _open_source(path: str) -> int:
 @json_option
 def get_command(
     ref: str, out: str | None, storage_dir: str, peers: tuple[str, ...], bootstrap: tuple[str, ...], timeout: float,
-    network_key: str | None, origins: tuple[str, ...], max_download: str | None, force: bool, raw: bool,
-    stall_timeout: float, explain: bool, as_json: bool,
+    network_key: str | None, origins: tuple[str, ...], max_download: str | None, seed_from: tuple[str, ...],
+    force: bool, raw: bool, stall_timeout: float, explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fetch a file or directory by its hash or link, and print its path."""
     link = parse_ref(ref)
@@ -126,11 +134,13 @@ def get_command(
         raise UsageError(f"--stall-timeout: expected a number of seconds, got {stall_timeout}")
     if out is not None and not out:
         raise UsageError("-o: expected a path, got ''")
+    if not all(seed_from):
+        raise UsageError("--seed-from: expected a path, got ''")
     args = {
         "ref": str(link), "out": os.fsencode(os.path.abspath(out)) if out is not None else None,
         "folder": os.fsencode(os.getcwd()), "peers": list(peers), "bootstrap": list(bootstrap), "timeout_s": timeout,
         "stall_timeout_s": stall_timeout, "raw": raw, "force": force, "network_key": network_key,
-        **check_fetch(origins, max_download),
+        "seed_from": [os.fsencode(os.path.abspath(path)) for path in seed_from], **check_fetch(origins, max_download),
     }  # fmt: skip
     resume_hint(shlex.join([PROGRAM, *sys.argv[1:]]))
     with open_storage(storage_dir, optional=True) as access, ProgressShow("fetching", as_json=as_json) as show:
@@ -230,7 +240,8 @@ def info_command(ref: str, storage_dir: str, as_json: bool) -> None:
         lines.append(["path", row["path"]])
     for manifest in result["manifests"]:
         parity = f", parity {manifest['parity']}: {manifest['n_parity']} chunks" if manifest["parity"] else ""
-        cut = f"{manifest['n_chunks']} chunks of {manifest['chunk_size']} B{parity}"
+        kind = "at most {} B, cut by content" if manifest["chunking"] == CDC else "{} B"
+        cut = f"{manifest['n_chunks']} chunks of {kind.format(manifest['chunk_size'])}{parity}"
         lines.append(["manifest", f"{manifest['manifest_hash']} {cut}"])
     print_table(lines)
 

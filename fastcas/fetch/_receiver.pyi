@@ -18,7 +18,7 @@ class Job:
 
         Args:
             manifest: At least one chunk.
-            fd: The part file; data chunk i is written at i * chunk_size.
+            fd: The part file; each data chunk is written where it lies in the content.
             parity_fd: Where parity chunk j goes, at j * chunk_size; -1: none are fetched.
             direct_fd: The part file opened with O_DIRECT: whole chunks go past the page cache; -1: through it.
             check_links: Of data chunks, beside their own hashes; half of the hashing. A file's only chunk proves
@@ -35,7 +35,8 @@ class Job:
             index: Chunk number, data first, then parity.
             fd: File that holds the chunk's bytes at `offset`.
         Returns:
-            Bits: 1 own hash right, 2 link right, 4 the link was checked; 0 when the file ends early.
+            Bits: 1 own hash right, 2 link right, 4 the link was checked (never where content cuts the chunks); 0 when
+            the file ends early.
         Raises:
             OSError: The read or the write failed.
         Cost: blocks; one read, one pass over the bytes, one write; without the GIL.

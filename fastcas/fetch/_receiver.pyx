@@ -65,6 +65,7 @@ cdef extern from "receiver/job.h" nogil:
         uint32_t m
         const uint8_t *hashes
         const uint8_t *midstates
+        const uint8_t *lengths
         const uint8_t *parity_hashes
         uint8_t file_hash[32]
         bint check_links
@@ -157,6 +158,7 @@ cdef class Job:
         cdef bytes hashes = manifest.hashes
         cdef bytes midstates = manifest.midstates
         cdef bytes parity_hashes = manifest.parity_hashes
+        cdef bytes lengths = manifest.lengths
         cdef bytes file_hash = manifest.file_hash
         memset(&layout, 0, sizeof(layout))
         layout.size = manifest.size
@@ -170,7 +172,8 @@ cdef class Job:
         # Manifest's constructor holds these lengths; they are checked again because C trusts them.
         if (
             len(hashes) != 32 * layout.n_chunks
-            or len(midstates) != 32 * max(<int>layout.n_chunks - 1, 0)
+            or len(midstates) != (0 if lengths else 32 * max(<int>layout.n_chunks - 1, 0))
+            or (lengths and len(lengths) != 4 * layout.n_chunks)
             or len(parity_hashes) != 32 * layout.n_parity
             or len(file_hash) != 32
             or layout.n_chunks == 0
@@ -179,6 +182,8 @@ cdef class Job:
             raise ValueError("manifest: the arrays do not fit the numbers")
         layout.hashes = hashes
         layout.midstates = midstates
+        if lengths:
+            layout.lengths = lengths
         layout.parity_hashes = parity_hashes
         memcpy(layout.file_hash, <const uint8_t *>file_hash, 32)
         _check(fcas_rx_job_new(&layout, fd, direct_fd, parity_fd, &self._job), "job")

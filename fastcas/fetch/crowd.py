@@ -42,6 +42,8 @@ POLL_MIN_S = 0.1
 POLL_MAX_S = 0.5
 POLL_SEED_S = 0.25
 POLL_PER_PEER_S = 0.016  # so that all peers together are asked some sixty times a second, which costs 2 % of a core
+OTHERS_MIN_S = 1.0  # how long a manifest cut by content waits for others while more peers may be found
+OTHERS_MAX_S = 5.0  # and for peers that do not answer
 CLAIM_S = 1.0  # how long one peer may be the only one asked for the manifest
 
 
@@ -73,6 +75,8 @@ class Crowd:
         self._policy = AddressPolicy()
         self._offer: asyncio.Future[tuple[Manifest, Remote]] | None = None
         self._refused: dict[bytes, str] = {}
+        self._last_resort: dict[bytes, tuple[Manifest, Remote]] = {}  # cut by content: proven only at the end
+        self._last_resort_at = 0.0
         self._claim: tuple[Remote, float] | None = None
         self._fetching: list[Remote] = []  # who was asked for a manifest and has not answered, oldest first
         self._in_use = asyncio.Event()
@@ -151,6 +155,8 @@ class Crowd:
         Raises:
             NoPeers: Nobody has the file within `timeout_s`, or everybody known said so.
             ManifestCorrupt: Every manifest that was offered has been convicted.
+        A manifest of chunks that are cut by content has no links, so for a bare hash it is taken only when no other is
+        offered (architecture §5.2).
         """
         self._offer = asyncio.get_running_loop().create_future()
         deadline = time.monotonic() + self.settings.timeout_s
@@ -161,6 +167,8 @@ class Crowd:
                 await asyncio.wait([self._offer], timeout=min(WAIT_TICK_S, left))
                 if self._offer.done():
                     return self._offer.result()
+                if (offer := self._only_offer()) is not None:
+                    return offer
                 report("a peer that has the file")
         finally:
             self._offer = None
@@ -168,6 +176,23 @@ class Crowd:
             reasons = "; ".join(self._refused.values())
             raise ManifestCorrupt(f"file {short(self.file_hash)}: no manifest is left to try: {reasons}")
         raise NoPeers(f"no peer has {self.file_hash.hex()}: {self.what_peers_did()}")
+
+    def _only_offer(self) -> tuple[Manifest, Remote] | None:
+        """A manifest that is proven only at the end, once nobody can be expected to offer another kind."""
+        offers = [offer for key, offer in self._last_resort.items() if key not in self._refused]
+        if not offers:
+            return None
+        waited_s = time.monotonic() - self._last_resort_at
+        known = self._refused.keys() | self._last_resort.keys()
+        may_differ = [
+            remote
+            for remote in self.remotes.values()
+            if remote.banned is None and remote.may_offer and not (remote.answered and known.issuperset(remote.offered))
+        ]
+        finds_more = self.settings.discovery is not None or self._n_resolving > 0
+        if waited_s < OTHERS_MAX_S and (may_differ or (finds_more and waited_s < OTHERS_MIN_S)):
+            return None
+        return offers[0]
 
     def use(self, manifest: Manifest) -> None:
         """From now on peers are asked what they have of this manifest."""
@@ -203,7 +228,10 @@ class Crowd:
         if self._claim is not None and self._claim[0] is not remote and now < self._claim[1]:
             return None
         named = self.link.manifest_hash
-        choice = [m for m in ([named] if named is not None else offered) if m not in self._refused]
+        choice = [
+            m for m in ([named] if named is not None else offered)
+            if m not in self._refused and m not in self._last_resort
+        ]  # fmt: skip
         if not choice:
             return None
         self._claim = (remote, now + CLAIM_S)
@@ -221,6 +249,11 @@ class Crowd:
         """See `SwarmListener`."""
         self._claim = None
         self._ended_fetch(remote)
+        if manifest.is_cdc and self.link.manifest_hash is None:
+            if not self._last_resort:
+                self._last_resort_at = time.monotonic()
+            self._last_resort.setdefault(manifest.manifest_hash, (manifest, remote))
+            return
         fetching, self._fetching = self._fetching, []
         for other in fetching:  # theirs is not needed any more
             other.interrupt()

@@ -16,6 +16,7 @@ from fastcas.ids import Link, PeerAddr
 from fastcas.metadata import Manifest
 
 if TYPE_CHECKING:
+    from fastcas.fetch.seeds import SeedFiles
     from fastcas.peers.discovery import Discovery
     from fastcas.store.collection import Collection
     from fastcas.store.types import Identity
@@ -95,7 +96,7 @@ class DownloadResult:
 
     Attributes:
         path: The file (or folder, for a collection).
-        resumed_bytes: Found in an earlier part file. local_bytes: Taken from this machine.
+        resumed_bytes: Found in an earlier part file. local_bytes: Taken from this machine: its store, seed files.
         banned: Peers that lied or broke the protocol, with the reason.
         bytes_by_origin: By URL. failed_origins: By URL, why one is not asked any more.
         explained: What limited it.
@@ -137,6 +138,7 @@ class Settings:
     pace: Pace | None = None
     known: Sequence[Manifest] = ()
     reserve: Callable[[Manifest, Collection | None], Awaitable[None]] | None = None
+    seeds: SeedFiles | None = None
 
     def origins_of_file(self) -> list[str]:
         """Return the origins that name a file; the others name a collection's folder."""
@@ -169,6 +171,7 @@ async def download(
     pace: Pace | None = None,
     known: Sequence[Manifest] = (),
     reserve: Callable[[Manifest, Collection | None], Awaitable[None]] | None = None,
+    seed_from: Sequence[Path] = (),
 ) -> DownloadResult:
     """Fetch a file from everybody who has it, prove it, and put it at its place.
 
@@ -192,6 +195,7 @@ async def download(
         known: Manifests that this machine has of the file: used where nobody gives one.
         reserve: Awaited before the bytes of a file, or (then with it) the files of a collection are fetched; what it
             raises ends the download.
+        seed_from: Files and folders in which chunks may lie; peers are asked for the rest once they were looked at.
     Returns:
         The result; for a collection, of the folder.
     Raises:
@@ -203,13 +207,15 @@ async def download(
         DestinationExists: The destination has other content; nothing was fetched.
         StoreFull, PermissionDenied, StoreLocked, StoreError: The disk refuses; the part file is kept.
     """
+    from fastcas.fetch.filefetch import FileFetch
+    from fastcas.fetch.receiver import AsyncReceiver
+    from fastcas.fetch.seeds import SeedFiles
+
     settings = Settings(
         discovery, tuple(peers), local, node_id, data_port, timeout_s, stall_timeout_s, hooks, progress,
         trust_resume, force, raw, folder, callers, [parse_origin(url, "origin") for url in origins], pace, known,
-        reserve,
+        reserve, SeedFiles(seed_from) if seed_from else None,
     )  # fmt: skip
-    from fastcas.fetch.filefetch import FileFetch
-    from fastcas.fetch.receiver import AsyncReceiver
 
     receiver = AsyncReceiver()
     try:

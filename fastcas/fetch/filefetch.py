@@ -19,9 +19,9 @@ from fastcas.fetch.crowd import Crowd
 from fastcas.fetch.download import DownloadResult, Progress, Settings
 from fastcas.fetch.explain import Explained, Meter
 from fastcas.fetch.filling import Filling, ManifestConvictedError
-from fastcas.fetch.localwork import hash_existing
+from fastcas.fetch.localwork import hash_content, hash_existing
 from fastcas.fetch.origins import Origins
-from fastcas.fetch.partfile import PartFile, clear_leftovers, has_content, prepare_folder, safe_name
+from fastcas.fetch.partfile import PartFile, clear_leftovers, has_content, prepare_folder, safe_name, storage_error
 from fastcas.fetch.receiver import AsyncReceiver
 from fastcas.fetch.remote import Remote
 from fastcas.fetch.tasks import TaskSet
@@ -178,7 +178,24 @@ class FileFetch:
         finally:
             self._filling = None
             self._resumed_bytes, self._local_bytes = filling.resumed_bytes, filling.local_bytes
-        return filling.chain.content_proven
+        return filling.chain.content_proven or await self._prove(manifest, self.part)
+
+    async def _prove(self, manifest: Manifest, part: PartFile) -> bool:
+        """Hash the whole content of chunks without links: what they add up to must be the file."""
+        if not manifest.is_cdc:
+            return False
+        if self.settings.progress is not None:
+            self.settings.progress(Progress(manifest.size, manifest.size, 0.0, 0, "the content's hash"))
+        try:
+            got = await hash_content(part.fd, manifest.size)
+        except OSError as exc:
+            raise storage_error(exc, str(part.path), "the part file is kept and can be resumed") from exc
+        if got != self.file_hash:
+            raise ManifestConvictedError(
+                f"manifest {short(manifest.manifest_hash)}: its chunks are those of {short(got)}, not of "
+                f"{short(self.file_hash)}; it is not used"
+            )
+        return True
 
     async def _convict(self, manifest: Manifest, giver: Remote, reason: str) -> None:
         """Try another manifest, with a new part file: what the old one has belongs to a lie."""

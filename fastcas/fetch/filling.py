@@ -25,7 +25,8 @@ from fastcas.fetch.partfile import PartFile, storage_error
 from fastcas.fetch.rebuild import ParityPlan
 from fastcas.fetch.receiver import HASH_OK, Answer, AsyncReceiver, Outcome, describe
 from fastcas.fetch.remote import Remote
-from fastcas.fetch.scheduler import Ask, Scheduler, lowest_bits, to_set
+from fastcas.fetch.scheduler import Ask, Scheduler, bits, lowest_bits, to_set
+from fastcas.fetch.seeds import SeedFiles
 from fastcas.fetch.swarmview import next_target
 from fastcas.fetch.tasks import TaskSet
 from fastcas.fetch.trust import Chain, Verdict, judge
@@ -80,12 +81,14 @@ class Filling:
             manifest, part.fd, part.parity_fd, direct_fd=part.direct_fd, check_links=chain.is_checked
         )
         self._data = (1 << manifest.n_chunks) - 1
-        candidates = to_set(part.candidates, manifest.n_chunks)
-        others_until = time.monotonic() + OTHERS_S if settings.data_port and not candidates else -math.inf
+        missing = self._data & ~to_set(part.candidates, manifest.n_chunks)
+        self._held_back = missing if settings.seeds is not None else 0  # chunk set: peers are asked after seed files
+        is_new = missing == self._data
+        others_until = time.monotonic() + OTHERS_S if settings.data_port and is_new else -math.inf
+        mean = -(-manifest.size // manifest.n_chunks) if manifest.is_cdc else manifest.chunk_size
         self._scheduler = Scheduler(
-            manifest.n_total, manifest.chunk_size, wanted=self._data & ~candidates, rng=random.Random(),
-            others_until=others_until,
-        )  # fmt: skip
+            manifest.n_total, mean, wanted=missing & ~self._held_back, rng=random.Random(), others_until=others_until
+        )
         self._scheduler.allowed = chain.allowed()
         self._meter = meter
         self._pace = settings.pace
@@ -341,17 +344,19 @@ class Filling:
             else:
                 doubtful.append(index)
         for at in range(0, len(doubtful), LOCAL_BATCH):
-            batch = [(index, part.fd, index * manifest.chunk_size) for index in doubtful[at : at + LOCAL_BATCH]]
+            batch = [(index, part.fd, manifest.offset_of(index)) for index in doubtful[at : at + LOCAL_BATCH]]
             for index, flags in await check_batch(self._job, batch, write=False):
                 self.resumed_bytes += self._settle(index, flags, "the part file")
         if self._settings.local is not None:
             await self._take_extents(self._settings.local)
+        if self._settings.seeds is not None:
+            await self._take_seeds(self._settings.seeds)
         self._after_batch()
 
     async def _take_extents(self, local: LocalChunks) -> None:
         """Copy what lies elsewhere on this machine; those chunks are not asked of peers meanwhile."""
         manifest, scheduler = self.manifest, self._scheduler
-        free = scheduler.free
+        free = scheduler.free | self._held_back
         here = [i for i in range(manifest.n_chunks) if free >> i & 1 and local.open_extent(manifest.hash_of(i))]
         for i in range(manifest.n_chunks, manifest.n_total):
             self._local_parity |= int(local.open_extent(manifest.hash_of(i)) is not None) << i
@@ -371,6 +376,14 @@ class Filling:
             finally:
                 for _, fd, _ in batch:
                     os.close(fd)
+
+    async def _take_seeds(self, seeds: SeedFiles) -> None:
+        """Copy what lies in the files that the user named, then let peers be asked for the rest."""
+        async for index, flags in seeds.take(self._job, self.manifest, self._held_back & ~self._here):
+            self.local_bytes += self._settle(index, flags, "a local file")
+        for index in bits(self._held_back & ~self._here):
+            self._scheduler.want(index)
+        self._held_back = 0
 
     def _settle(self, index: int, flags: int, where: str) -> int:
         """Count a chunk of this machine if it is right, else fetch it; returns the bytes that count."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastcas.errors import StoreFull
 from fastcas.fetch._receiver import Job
-from fastcas.hashing import ChunkHasher
+from fastcas.hashing import ChunkHasher, Sha256
 from fastcas.metadata import Manifest, choose_chunk_size
 
-__all__ = ["check_batch", "hash_existing"]
+__all__ = ["check_batch", "hash_content", "hash_existing"]
 
 READ_B = 1 << 20
 
@@ -48,6 +49,30 @@ def _check_batch(job: Job, chunks: Sequence[tuple[int, int, int]], write: bool) 
             flags = 0
         out.append((index, flags))
     return out
+
+
+async def hash_content(fd: int, size: int) -> bytes:
+    """Return the SHA-256 of a file's first `size` bytes (less where it is shorter), read in a thread.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    work = asyncio.get_running_loop().run_in_executor(None, _hash_content, fd, size)
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])  # the descriptor is in use until then
+        raise
+
+
+def _hash_content(fd: int, size: int) -> bytes:
+    content = Sha256()
+    buffer = memoryview(bytearray(READ_B))
+    at = 0
+    while at < size and (n := os.preadv(fd, [buffer[: size - at]], at)):
+        content.update(buffer[:n])
+        at += n
+    return content.digest()
 
 
 def hash_existing(path: Path) -> Manifest:

@@ -16,7 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from fastcas.errors import FastCASError, Interrupted
+from fastcas.errors import FastCASError, Interrupted, UsageError
 from fastcas.fetch.crowd import Crowd
 from fastcas.fetch.download import FetchedTree, Settings
 from fastcas.fetch.explain import Meter
@@ -138,6 +138,11 @@ class OrderedFetch:
         manifest, giver = await self._crowd.wait_for_manifest(lambda waiting_on: None)
         self.manifest, self._giver = manifest, giver
         by_link = self.link.manifest_hash is not None
+        if manifest.is_cdc and manifest.n_chunks > 1 and not by_link:
+            raise UsageError(
+                f"file {short(self.link.file_hash)}: cut by content, so its hash proves no byte before the last one is "
+                f"here; nothing was handed out. Read it by its link, or get it as a whole"
+            )
         trusted = by_link or giver.source in ("user", "link")
         self._chain = _Window(manifest, trusted=trusted, by_link=by_link)
         self._spool = await asyncio.to_thread(_Spool, manifest)
@@ -187,9 +192,8 @@ class OrderedFetch:
 
     def _is_ready(self, start: int, end: int) -> bool:
         assert self.manifest is not None
-        size = self.manifest.chunk_size
-        first, last = start // size, -(-end // size)
-        ahead = min(self.manifest.n_chunks, max(last + 1, -(-(end + READ_AHEAD) // size)))
+        first, last = self._chunks_before(start + 1) - 1, self._chunks_before(end)
+        ahead = min(self.manifest.n_chunks, max(last + 1, self._chunks_before(end + READ_AHEAD)))
         if (first, ahead) != (self._chain.first, self._chain.end):
             self._chain.first, self._chain.end = first, ahead
             if self._filling is not None:
@@ -199,6 +203,11 @@ class OrderedFetch:
         wanted = (1 << last) - (1 << first)
         return self._here & wanted == wanted
 
+    def _chunks_before(self, offset: int) -> int:
+        """The number of chunks that begin before `offset`."""
+        assert self.manifest is not None
+        return self.manifest.chunk_at(min(offset, self.manifest.size) - 1) + 1 if offset > 0 else 0
+
     def read_into(self, view: memoryview, start: int) -> int:
         """Copy bytes that are `ready`; returns how many. From any thread."""
         try:
@@ -207,8 +216,7 @@ class OrderedFetch:
             raise storage_error(exc, f"{self._spool.path}: temporary file", "nothing of it was handed out") from exc
         assert self.manifest is not None
         if not self._keeps and not self.manifest.n_parity:
-            size = self.manifest.chunk_size
-            upto = (start + n) // size * size
+            upto = self.manifest.offset_of(self.manifest.chunk_at(min(start + n, self.manifest.size - 1)))
             if upto > self._forgotten:
                 self._spool.forget(self._forgotten, upto)
                 self._forgotten = upto

@@ -155,8 +155,8 @@ class Origins:
     async def _fetch(self, line: OriginLine, origin: Origin, buffer: int, left: list[int]) -> None:
         """Fetch the chunks of `left` and remove from it those that are in their place."""
         manifest = self._manifest
-        begin = left[0] * manifest.chunk_size
-        end = left[-1] * manifest.chunk_size + manifest.length_of(left[-1])
+        begin = manifest.offset_of(left[0])
+        end = manifest.offset_of(left[-1]) + manifest.length_of(left[-1])
         written = 0
 
         def take(piece: bytes) -> None:
@@ -171,7 +171,7 @@ class Origins:
             except FastCASError as exc:
                 error = exc  # what came before it counts
             for index in list(left):
-                at = index * manifest.chunk_size - begin
+                at = manifest.offset_of(index) - begin
                 length = manifest.length_of(index)
                 if written < at + length:
                     break

@@ -197,7 +197,7 @@ class PartFile:
             return {}, False
         if listed.readable:
             return listed.chunks, listed.same_boot
-        size = self._manifest.chunk_size
+        manifest = self._manifest
         found: dict[int, bool] = {}
         at = 0
         while at < status.st_size:  # a hole was never written
@@ -206,7 +206,8 @@ class PartFile:
             except OSError:
                 break
             end = os.lseek(self.fd, at, os.SEEK_HOLE)
-            found.update(dict.fromkeys(range(at // size, -(-end // size)), False))
+            first, last = manifest.chunk_at(at), manifest.chunk_at(min(end, manifest.size) - 1)
+            found.update(dict.fromkeys(range(first, last + 1), False))
             at = max(end, at + 1)
         return found, False
 

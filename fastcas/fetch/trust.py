@@ -3,6 +3,8 @@
 A manifest lists, beside the chunk hashes, the chaining value of the content's SHA-256 at each chunk boundary. Chunk i
 is *consistent* if compressing it from the value before it gives the value after it; the last one must give the file's
 hash. It is *proven* once every link from it to the end has been checked: a false one would need a second preimage.
+A manifest of chunks that were cut by content has no links: it is proven by the hash of the whole content, at the end,
+so nothing is gained by fetching the end first.
 
 Owns: the state of the links, the window of chunks that may be fetched, the blame for what does not fit.
 Never: hashes anything itself (csrc/receiver does), talks to anybody.
@@ -78,7 +80,8 @@ class Chain:
         self.is_checked = is_checked
         n = manifest.n_chunks
         self._n = n
-        self._trusted = trusted
+        self._has_links = not manifest.is_cdc or n == 1
+        self._trusted = trusted or not self._has_links
         self._checked = bytearray(n)
         self._n_checked = 0
         self._suffix = n
@@ -103,8 +106,8 @@ class Chain:
 
     @property
     def content_proven(self) -> bool:
-        """Whether every link holds: the content's hash has been computed."""
-        return self._n_checked == self._n
+        """Whether every link holds: the content's hash has been computed. Never of more chunks cut by content."""
+        return self._has_links and self._n_checked == self._n
 
     def unchecked(self) -> list[int]:
         """Return the data chunks whose link was not checked."""

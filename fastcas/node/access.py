@@ -21,7 +21,7 @@ from fastcas.ids import Link, PeerAddr, parse_peer, parse_ref, short
 from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
 from fastcas.node.control_client import ControlClient
 from fastcas.node.folder import SOCKET_NAME
-from fastcas.node.operations import LOCAL_OPERATIONS, Operations
+from fastcas.node.operations import LOCAL_OPERATIONS, Operations, seeds_of
 from fastcas.node.reservation import Reservation
 from fastcas.peers.discovery import CompositeDiscovery, Discovery, StaticDiscovery
 from fastcas.store import Store
@@ -230,6 +230,7 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
     stall_s = float(args.get("stall_timeout_s", STALL_TIMEOUT_S))
     raw, force = bool(args.get("raw")), bool(args.get("force"))
+    seeds = seeds_of(args)
     relay = ProgressRelay(on_progress)
     out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
     folder = Path(os.fsdecode(args["folder"]))
@@ -250,7 +251,7 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
         result = await download(
             link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s,
             stall_timeout_s=stall_s, hooks=hooks, progress=relay, raw=raw, force=force, origins=origins,
-            pace=Pace(rate) if rate else None, known=known, reserve=reservation,
+            pace=Pace(rate) if rate else None, known=known, reserve=reservation, seed_from=seeds,
         )  # fmt: skip
     if reservation is not None:
         await reservation.release()

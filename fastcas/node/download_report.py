@@ -24,6 +24,7 @@ def result_to_map(result: DownloadResult) -> dict[str, Any]:
         "size": result.size,
         "seconds": round(result.seconds, 3),
         "bytes_by_peer": {str(peer): count for peer, count in result.bytes_by_peer.items()},
+        "fetched_bytes": sum(result.bytes_by_peer.values()) + sum(result.bytes_by_origin.values()),
         "resumed_bytes": result.resumed_bytes,
         "local_bytes": result.local_bytes,
         "banned": {str(peer): reason for peer, reason in result.banned.items()},

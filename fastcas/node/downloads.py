@@ -130,6 +130,7 @@ class Downloads:
         force: bool = False,
         origins: Sequence[str] = (),
         max_download_Bps: int | None = None,
+        seed_from: Sequence[Path] = (),
         on_progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
         """Fetch a file or collection, and seed it where it is.
@@ -144,6 +145,7 @@ class Downloads:
             force: Replace a destination with other content.
             origins: URLs for what no peer has.
             max_download_Bps: A limit beside the node's.
+            seed_from: Files and folders in which chunks may lie.
             on_progress: Gets plain maps.
         Returns:
             `result_to_map` of the download.
@@ -175,6 +177,7 @@ class Downloads:
                 node_id=self._node_id, data_port=self._data_port(), timeout_s=timeout_s,
                 stall_timeout_s=stall_timeout_s, hooks=seeding, progress=progress, raw=raw, force=force, folder=folder,
                 callers=self._callers, origins=origins, pace=pace, known=known, reserve=reservation,
+                seed_from=seed_from,
             )  # fmt: skip
             registering = [
                 asyncio.ensure_future(self._register(path, manifest, path.name))

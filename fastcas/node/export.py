@@ -66,8 +66,8 @@ def export(
     store.touch([link.file_hash])
     return {
         "path": str(out), "file_hash": link.file_hash.hex(), "manifest_hash": manifest.manifest_hash.hex(),
-        "size": size, "seconds": round(time.monotonic() - started, 3), "bytes_by_peer": {}, "resumed_bytes": 0,
-        "local_bytes": size, "banned": {}, "bytes_by_origin": {}, "failed_origins": {},
+        "size": size, "seconds": round(time.monotonic() - started, 3), "bytes_by_peer": {}, "fetched_bytes": 0,
+        "resumed_bytes": 0, "local_bytes": size, "banned": {}, "bytes_by_origin": {}, "failed_origins": {},
         "explained": {"limited_by": "disk", "shares": {"disk": 1.0}, "n_unheld": 0},
     }  # fmt: skip
 
@@ -88,7 +88,7 @@ def _export_file(store: Store, manifest: Manifest, out: Path, *, force: bool, pr
         done = 0
         for index, data in _chunks(store, manifest, range(manifest.n_chunks)):
             try:
-                os.pwrite(part.fd, data, index * manifest.chunk_size)
+                os.pwrite(part.fd, data, manifest.offset_of(index))
             except OSError as exc:
                 raise storage_error(exc, str(part.path), "the part file is kept") from exc
             done += len(data)
@@ -140,10 +140,11 @@ def _manifest(store: Store, manifest_hash: bytes) -> Manifest:
 
 
 def _read(store: Store, manifest: Manifest, offset: int, size: int) -> bytes:
-    first = offset // manifest.chunk_size
-    last = -(-(offset + size) // manifest.chunk_size)
-    data = b"".join(chunk for _, chunk in _chunks(store, manifest, range(first, last)))
-    return data[offset - first * manifest.chunk_size :][:size]
+    if size == 0:
+        return b""
+    first, last = manifest.chunk_at(offset), manifest.chunk_at(offset + size - 1)
+    data = b"".join(chunk for _, chunk in _chunks(store, manifest, range(first, last + 1)))
+    return data[offset - manifest.offset_of(first) :][:size]
 
 
 def _chunks(store: Store, manifest: Manifest, indexes: range) -> Iterator[tuple[int, bytes]]:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import stat
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from fastcas.errors import Interrupted, NotFound, UsageError
+from fastcas.errors import Interrupted, NotFound, PermissionDenied, UsageError
 from fastcas.ids import Link, PeerAddr, parse_ref, short
+from fastcas.metadata import FIXED
 from fastcas.store import FileRow, Scrub, Store, StoredFile
 from fastcas.store.paths import shown
 
-__all__ = ["LOCAL_OPERATIONS", "Operations", "file_row_to_map"]
+__all__ = ["LOCAL_OPERATIONS", "Operations", "file_row_to_map", "seeds_of"]
 
 OnProgress = Callable[[dict[str, Any]], None]
 Progress = Callable[[int, int], None]
@@ -33,6 +36,33 @@ def file_row_to_map(row: FileRow) -> dict[str, Any]:
 
 
 _ROW_FIELDS = tuple(item.name for item in dataclasses.fields(FileRow))
+
+
+def seeds_of(args: dict[str, Any]) -> list[Path]:
+    """Return the files and folders to seed from of a `get`, absolute.
+
+    Raises:
+        NotFound, PermissionDenied, UsageError: One cannot be used; nothing was fetched.
+    """
+    return [_seed(os.fsdecode(path)) for path in args.get("seed_from", [])]
+
+
+def _seed(path: str) -> Path:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as exc:
+        raise NotFound(f"--seed-from: {shown(path)}: no such file or directory") from exc
+    except PermissionError as exc:
+        raise PermissionDenied(f"--seed-from: {shown(path)}: permission denied") from exc
+    except (OSError, ValueError) as exc:
+        raise UsageError(f"--seed-from: {shown(path)}: {getattr(exc, 'strerror', exc)}") from exc
+    try:
+        mode = os.fstat(fd).st_mode
+    finally:
+        os.close(fd)
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UsageError(f"--seed-from: {shown(path)}: expected a file or a directory")
+    return Path(os.path.realpath(path))
 
 
 class Operations:
@@ -107,17 +137,17 @@ class Operations:
             self.store.quota.set_limit(None if args["quota"] is None else int(args["quota"]))
         parity = args.get("parity")
         shape = (int(parity[0]), int(parity[1])) if parity else None
-        chunk_size = args.get("chunk_size")
+        chunk_size, chunking = args.get("chunk_size"), str(args.get("chunking", FIXED))
         in_place = bool(args.get("in_place"))
         stored: StoredFile
         if args.get("is_dir"):
             stored = self.store.store_tree(
-                path, chunk_size=chunk_size, parity=shape, in_place=in_place, progress=progress
+                path, chunk_size=chunk_size, chunking=chunking, parity=shape, in_place=in_place, progress=progress
             )
         else:
             stored = self.store.store_file(
-                path, fd=fds[0] if fds else None, name=args.get("name"), chunk_size=chunk_size, parity=shape,
-                in_place=in_place, progress=progress,
+                path, fd=fds[0] if fds else None, name=args.get("name"), chunk_size=chunk_size, chunking=chunking,
+                parity=shape, in_place=in_place, progress=progress,
             )  # fmt: skip
         peers, dht = self._advertised()
         link = dataclasses.replace(Link.parse(stored.link), peers=tuple(peers), dht=tuple(dht))
@@ -133,6 +163,7 @@ class Operations:
             {
                 "manifest_hash": manifest.manifest_hash.hex(),
                 "chunk_size": manifest.chunk_size,
+                "chunking": manifest.chunking,
                 "n_chunks": manifest.n_chunks,
                 "n_parity": manifest.n_parity,
                 "parity": f"{manifest.k}+{manifest.m}" if manifest.k else None,

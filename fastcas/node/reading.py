@@ -152,7 +152,8 @@ class _StoreSource:
         self.size = manifest.size
 
     def read_into(self, view: memoryview, start: int) -> int:
-        index, skip = divmod(start, self._manifest.chunk_size)
+        index = self._manifest.chunk_at(start)
+        skip = start - self._manifest.offset_of(index)
         data = self._store.read_chunk(self._manifest.hash_of(index))
         if data is None:
             raise IntegrityError(f"chunk {short(self._manifest.hash_of(index))}: damaged in the store; verify --repair")

@@ -23,7 +23,7 @@ from fastcas.node.announcer import Announcement
 from fastcas.node.control import Request
 from fastcas.node.listeners import reachable_host
 from fastcas.node.node_discovery import serve_discovery
-from fastcas.node.operations import LOCAL_OPERATIONS
+from fastcas.node.operations import LOCAL_OPERATIONS, seeds_of
 from fastcas.node.own_discovery import OwnDiscovery
 from fastcas.node.verifying import RepairPeers, report_to_map, run_scrub
 from fastcas.peers.discovery import CompositeDiscovery, Discovery, NodeHint, PeerHint
@@ -200,6 +200,7 @@ class RequestHandler:
         out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
         if not (out or folder).is_absolute():
             raise UsageError("out: expected an absolute path")
+        seeds = seeds_of(args)
         here = await self._export(request, link, out, folder)
         if here is not None:
             return here
@@ -208,7 +209,7 @@ class RequestHandler:
                 link, out, folder=folder, peers=peers, timeout_s=timeout_s,
                 stall_timeout_s=float(args.get("stall_timeout_s", STALL_TIMEOUT_S)), raw=bool(args.get("raw")),
                 force=bool(args.get("force")), on_progress=request.progress, origins=origins,
-                max_download_Bps=args.get("max_download_Bps"),
+                max_download_Bps=args.get("max_download_Bps"), seed_from=seeds,
             )  # fmt: skip
         finally:
             self._agent.partials.republish()

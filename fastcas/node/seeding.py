@@ -132,7 +132,7 @@ class Seeding:
         manifest = part.manifest
         assert part.number is not None and part.have is not None
         key = manifest.hash_of(index)
-        if self._publisher.put_partial(part.number, key, index * manifest.chunk_size, manifest.length_of(index)):
+        if self._publisher.put_partial(part.number, key, manifest.offset_of(index), manifest.length_of(index)):
             part.keys.append(key)
         part.have.append(index)
 

@@ -14,6 +14,7 @@ from fastcas.errors import NotFound, PermissionDenied, UsageError
 from fastcas.fetch.origin import parse_origin
 from fastcas.ids import PeerAddr, parse_chunk_size, parse_parity, parse_peer, parse_rate, parse_ref
 from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
+from fastcas.metadata import check_chunking
 from fastcas.node.access import open_access
 from fastcas.store import StoredFile
 from fastcas.store.paths import shown
@@ -30,6 +31,7 @@ def store(
     *,
     storage_dir: str | os.PathLike[str] | None = None,
     chunk_size: int | str | None = None,
+    chunking: str = "fixed",
     parity: tuple[int, int] | str | None = None,
     in_place: bool = False,
     progress: Progress | None = None,
@@ -39,7 +41,8 @@ def store(
     Args:
         path: File or directory.
         storage_dir: Storage folder; default `$FASTCAS_STORAGE`, else `./storage`; made if it is not there.
-        chunk_size: Bytes, or text such as "1MiB"; None or "auto": automatic.
+        chunk_size: Bytes, or text such as "1MiB"; None or "auto": automatic. Cut by content: of the average chunk.
+        chunking: "fixed", or "cdc": cut by content, so that another version shares what did not change; no parity.
         parity: (k, m) or "k+m", None: no parity.
         in_place: Seed from the file where it is.
         progress: Called with {"done", "total"} in bytes.
@@ -50,6 +53,7 @@ def store(
     """
     size = parse_chunk_size(chunk_size) if isinstance(chunk_size, str) else chunk_size
     shape = parse_parity(parity) if isinstance(parity, str) else parity
+    check_chunking(chunking, shape)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as exc:
@@ -62,7 +66,7 @@ def store(
     real = os.path.realpath(path)
     args = {
         "path": os.fsencode(real), "name": os.path.basename(real), "is_dir": is_dir, "chunk_size": size,
-        "parity": list(shape) if shape is not None else None, "in_place": in_place,
+        "chunking": chunking, "parity": list(shape) if shape is not None else None, "in_place": in_place,
     }  # fmt: skip
 
     def work() -> StoredFile:
@@ -90,6 +94,7 @@ def get(
     force: bool = False,
     origins: Sequence[str] = (),
     max_download: int | str | None = None,
+    seed_from: Sequence[str | os.PathLike[str]] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Fetch a file or collection by hash or link and return where it is.
@@ -105,6 +110,7 @@ def get(
         force: Replace a destination with other content.
         origins: URLs of HTTP servers that have the file, for chunks that no peer has.
         max_download: Limit of the rate, bytes per second or text such as "10M".
+        seed_from: Files and folders, such as the version before: chunks that lie in them are not fetched.
         progress: Called with {"done", "total", "rate_Bps", "peers", "waiting_on"}.
     Raises:
         UsageError: An argument.
@@ -119,6 +125,7 @@ def get(
         "stall_timeout_s": stall_timeout, "force": force,
         "origins": [parse_origin(url, "origins") for url in origins],
         "max_download_Bps": rate_of(max_download),
+        "seed_from": [os.fsencode(os.path.abspath(path)) for path in seed_from],
     }  # fmt: skip
 
     def work() -> Path:

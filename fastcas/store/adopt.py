@@ -14,7 +14,7 @@ from operator import attrgetter
 from fastcas.errors import FileChanged, UsageError
 from fastcas.ids import short
 from fastcas.limits import CHUNK_SIZE_AUTO, CHUNK_SIZE_MIN
-from fastcas.metadata import Manifest
+from fastcas.metadata import FIXED, Manifest
 from fastcas.store.beneath import open_beneath
 from fastcas.store.catalog import GROWING
 from fastcas.store.collection import Collection, FileEntry, SmallEntry
@@ -79,11 +79,13 @@ class _Adoption:
         self._progress = progress
         self._done = 0
         self._total = 0
+        self._chunking = FIXED
 
     def run(
         self, collection: Collection, manifest: Manifest, name: str, identities: Mapping[str, Identity]
     ) -> StoredFile:
         self._total = collection.size
+        self._chunking = manifest.chunking
         small: list[list[SmallEntry]] = [[] for _ in collection.packs]
         for item in collection.small:
             if item.size:
@@ -158,10 +160,11 @@ class _Adoption:
         *,
         in_place: bool = False,
     ) -> Staged:
-        """Read a source under the shape of a manifest, or the automatic one, and check what came out."""
+        """Read a source under the shape of a manifest, or the collection's automatic one, and check what came out."""
         parity = (shape.k, shape.m) if shape is not None and shape.k else None
         staged = ingest.add(
-            source, chunk_size=shape.chunk_size if shape is not None else None, parity=parity, in_place=in_place,
+            source, chunk_size=shape.wanted_size if shape is not None else None,
+            chunking=shape.chunking if shape is not None else self._chunking, parity=parity, in_place=in_place,
             progress=lambda done, _: self._step(done),
         )  # fmt: skip
         if staged.manifest.manifest_hash != manifest_hash:

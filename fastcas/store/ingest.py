@@ -10,7 +10,8 @@ encoded from the same buffers and is always owned.
 Publish order (architecture §7): blob (temp, write, fsync, rename, fsync folder), manifests likewise, catalog
 commit, listener. Until the commit nothing refers to what was written, and an error takes it away again.
 Memory: three buffers (fewer for a file that needs fewer). With parity each is one stripe, 3 * (k + m) * chunk size in
-all; without, 4 MiB or one larger chunk.
+all; without, 4 MiB or one larger chunk. Cut by content: 8 MiB and the longest chunk, of which what has no end yet is
+carried over to the next buffer.
 """
 
 from __future__ import annotations
@@ -27,9 +28,20 @@ from typing import Any
 from fastcas.errors import FileChanged
 from fastcas.hashing import Sha256, chunk_passes, digest_many, sha256
 from fastcas.ids import Link
-from fastcas.metadata import EMPTY_SHA256, SHA256_IV, Manifest, check_parity, choose_chunk_size
+from fastcas.metadata import (
+    CDC,
+    EMPTY_SHA256,
+    FIXED,
+    SHA256_IV,
+    Manifest,
+    check_chunking,
+    check_parity,
+    choose_average,
+    choose_chunk_size,
+)
 from fastcas.store.blobs import BlobWriter
 from fastcas.store.catalog import LINKED, OWNED, BlobRow
+from fastcas.store.content_cuts import ContentCuts
 from fastcas.store.core import Core, News, manifest_name
 from fastcas.store.sources import Source
 from fastcas.store.types import Identity, Progress, StoredFile
@@ -37,6 +49,7 @@ from fastcas.store.types import Identity, Progress, StoredFile
 __all__ = ["Entry", "Ingest", "Staged", "stored_file"]
 
 BUFFER_B = 4 << 20
+CDC_BUFFER_B = 8 << 20  # eight chunks of 1 MiB are hashed side by side
 SLOTS = 3
 _ZEROS = bytes(1 << 16)
 _Encoded = tuple[list[bytes], list[memoryview]]
@@ -83,6 +96,7 @@ class Layout:
         n_slots: Buffers that there are.
         data_size: Bytes of one for data, padding of short stripes included.
         parity_size: Bytes of one for parity.
+        headroom: Bytes of one before its data, for what is carried over.
     """
 
     unit: int
@@ -91,6 +105,14 @@ class Layout:
     n_slots: int
     data_size: int
     parity_size: int
+    headroom: int = 0
+
+    @classmethod
+    def of_content(cls, size: int, longest: int) -> Layout:
+        """Return the layout of a file of `size` > 0 bytes that is cut by content."""
+        step = min(CDC_BUFFER_B, size)
+        n_steps = -(-size // step)
+        return cls(longest, step, n_steps, min(n_steps, SLOTS), step, 0, longest if n_steps > 1 else 0)
 
     @classmethod
     def of(cls, size: int, chunk_size: int, k: int, m: int) -> Layout:
@@ -109,7 +131,8 @@ class _Slot:
     """One buffer, the parity of its stripes, and the work that still reads from them."""
 
     def __init__(self, layout: Layout) -> None:
-        self.view = memoryview(bytearray(layout.data_size))
+        self.room = memoryview(bytearray(layout.headroom + layout.data_size))
+        self.view = self.room[layout.headroom :]
         self.parity = memoryview(bytearray(layout.parity_size))
         self.pending: Future[Any] | None = None
 
@@ -199,6 +222,7 @@ class Ingest:
         source: Source,
         *,
         chunk_size: int | None = None,
+        chunking: str = FIXED,
         parity: tuple[int, int] | None = None,
         in_place: bool = False,
         progress: Progress | None = None,
@@ -207,16 +231,23 @@ class Ingest:
 
         Args:
             source: What to read; not closed here.
-            chunk_size: Bytes per chunk, None: automatic.
-            parity: (k, m), None: no parity.
+            chunk_size: Bytes per chunk, cut by content of the average one; None: automatic.
+            chunking: "fixed", or "cdc": cut by content.
+            parity: (k, m), None: no parity; never with "cdc".
             in_place: The data chunks stay in the source's own file.
             progress: Called after each buffer.
         Raises:
             FileChanged: The source changed while it was read.
-            UsageError: Chunk size or parity shape.
+            UsageError: Chunk size, chunking or parity shape.
             StoreFull, StoreError: Writing failed.
         """
+        check_chunking(chunking, parity)
         size = source.size
+        if chunking == CDC:
+            average = choose_average(size, chunk_size)
+            if size:
+                return self._add_by_content(source, ContentCuts(size, average), in_place, progress)
+            chunk_size = None
         unit = choose_chunk_size(size, chunk_size)
         k, m = parity or (0, 0)
         if parity is not None:
@@ -234,11 +265,29 @@ class Ingest:
                 length = sum(len(run) for run in runs)
                 offset = self._blob.size - length
                 slot.pending = writer.submit(self._blob.write, runs, offset, size - hashes.done)
-        source.finish()
         manifest = Manifest(
             hashes.file_hash, size, unit, bytes(hashes.chunks), bytes(hashes.midstates), k, m,
             bytes(code.hashes) if code else b"",
         )  # fmt: skip
+        return self._staged(source, manifest, written_before, in_place)
+
+    def _add_by_content(self, source: Source, cuts: ContentCuts, in_place: bool, progress: Progress | None) -> Staged:
+        """The same for chunks that end where the content says so; the content is hashed beside the chunks."""
+        size, written_before = source.size, self._blob.size
+        layout = Layout.of_content(size, cuts.longest)
+        with ThreadPoolExecutor(1, "fastcas-hash") if layout.n_steps > 1 else _Inline() as hasher:
+            for data, _, slot, writer in self._buffers(source, layout, None, progress):
+                content = hasher.submit(cuts.hash_content, data)
+                keys, chunks = cuts.cut(slot.room[: layout.headroom + len(data)], layout.headroom)
+                runs = [] if in_place else self._plan(keys, chunks)
+                if runs:
+                    offset = self._blob.size - sum(len(run) for run in runs)
+                    slot.pending = writer.submit(self._blob.write, runs, offset, size - cuts.done)
+                content.result()
+        return self._staged(source, cuts.manifest(), written_before, in_place)
+
+    def _staged(self, source: Source, manifest: Manifest, written_before: int, in_place: bool) -> Staged:
+        source.finish()
         staged = Staged(manifest, self._blob.size - written_before)
         if in_place:
             staged.path, staged.identity = source.path, source.identity
@@ -359,12 +408,10 @@ def insert_linked(core: Core, path: bytes, identity: Identity, manifest: Manifes
         another identity (`linked.make_way` first).
     """
     catalog = core.catalog
-    n, unit = manifest.n_chunks, manifest.chunk_size
+    n = manifest.n_chunks
     keys = [manifest.hashes[32 * i : 32 * i + 32] for i in range(n)]
-    lengths = array("I", [unit] * n)
-    if n:
-        lengths[-1] = manifest.length_of(n - 1)
-    offsets = array("Q", range(0, n * unit, unit))
+    lengths = array("I", map(manifest.length_of, range(n)))
+    offsets = array("Q", map(manifest.offset_of, range(n)))
     known = catalog.present(keys)
     old = catalog.blob_at(path)
     if old is None:
@@ -393,6 +440,7 @@ def stored_file(entry: Entry, size: int | None = None) -> StoredFile:
         name=name,
         size=manifest.size if size is None else size,
         chunk_size=manifest.chunk_size,
+        chunking=manifest.chunking,
         n_chunks=manifest.n_chunks,
         n_parity=manifest.n_parity,
         new_bytes=entry.staged.new_bytes,

@@ -107,15 +107,13 @@ def register_linked(
 
 def prove(fd: int, path: str | os.PathLike[str], manifest: Manifest) -> None:
     """Hash every chunk of an open file against the manifest. Raises FileChanged."""
-    unit = manifest.chunk_size
-    group = max(1, VERIFY_B // unit)
+    group = max(1, VERIFY_B // manifest.chunk_size)
     for first in range(0, manifest.n_chunks, group):
-        with os_errors(path, "reading it"):
-            data = memoryview(os.pread(fd, group * unit, first * unit))
-        digests = digest_many([data[at : at + unit] for at in range(0, len(data), unit)])
         end = min(first + group, manifest.n_chunks)
+        start, stop = manifest.offset_of(first), min(manifest.offset_of(end), manifest.size)
+        with os_errors(path, "reading it"):
+            data = memoryview(os.pread(fd, stop - start, start))
+        places = [manifest.offset_of(i) - start for i in range(first, end)]
+        digests = digest_many([data[at:to] for at, to in zip(places, [*places[1:], stop - start], strict=True)])
         if b"".join(digests) != manifest.hashes[32 * first : 32 * end]:
-            raise FileChanged(
-                f"{shown(path)}: bytes {first * unit}..{min(end * unit, manifest.size)} are not those of the manifest;"
-                " it is not seeded"
-            )
+            raise FileChanged(f"{shown(path)}: bytes {start}..{stop} are not those of the manifest; it is not seeded")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from fastcas.errors import StoreFull
 from fastcas.limits import CHUNK_SIZE_AUTO, CHUNK_SIZE_MIN
+from fastcas.metadata import CDC, FIXED
 from fastcas.store.catalog import BATCH
 from fastcas.store.core import Core
 from fastcas.store.maintain import gc, remove
@@ -38,9 +39,13 @@ def manifest_bound(length: int) -> int:
     return -(-length // BLOCK_B) * BLOCK_B + BLOCK_B
 
 
-def ingest_bound(size: int, chunk_size: int | None, parity: tuple[int, int] | None, *, in_place: bool = False) -> int:
+def ingest_bound(
+    size: int, chunk_size: int | None, parity: tuple[int, int] | None, *, chunking: str = FIXED, in_place: bool = False
+) -> int:
     """Return what storing `size` bytes takes on disk at most, blob and manifest."""
     unit = max(chunk_size or CHUNK_SIZE_AUTO, CHUNK_SIZE_MIN)
+    if chunking == CDC and chunk_size:
+        unit = max(chunk_size // 4, CHUNK_SIZE_MIN)  # the average was named; the shortest is a quarter of it
     n = -(-size // unit)
     total = 0 if in_place else size
     if parity is not None and n:

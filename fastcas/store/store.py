@@ -20,7 +20,7 @@ from fastcas.errors import (
     UsageError,
 )
 from fastcas.ids import short
-from fastcas.metadata import Manifest
+from fastcas.metadata import FIXED, Manifest
 from fastcas.store import adopt as _adopt
 from fastcas.store import ingest as _ingest
 from fastcas.store import linked as _linked
@@ -225,6 +225,7 @@ class Store:
         fd: int | None = None,
         name: str | None = None,
         chunk_size: int | None = None,
+        chunking: str = FIXED,
         parity: tuple[int, int] | None = None,
         in_place: bool = False,
         progress: Progress | None = None,
@@ -235,7 +236,8 @@ class Store:
             path: The file; for messages, its name, and for seeding in place.
             fd: Open for reading, the caller's; None: `path` is opened.
             name: The name to keep, None: the path's last component.
-            chunk_size: Bytes per chunk, None: automatic.
+            chunk_size: Bytes per chunk, cut by content of the average one; None: automatic.
+            chunking: "fixed", or "cdc": cut by content, so that another version shares what did not change.
             parity: (k, m), None: no parity.
             in_place: Seed from the user's file; nothing but parity is copied.
             progress: Called with (bytes done, bytes total).
@@ -256,9 +258,12 @@ class Store:
                 self._check_same(absolute, source)
                 _linked.make_way(self._core, os.fsencode(absolute), source.identity)
             title = name or shown(os.path.basename(absolute))
-            bound = ingest_bound(source.size, chunk_size, parity, in_place=in_place)
+            bound = ingest_bound(source.size, chunk_size, parity, chunking=chunking, in_place=in_place)
             with self._quota.admit(bound, title) as budget, _ingest.Ingest(self._core, budget) as ingest:
-                staged = ingest.add(source, chunk_size=chunk_size, parity=parity, in_place=in_place, progress=progress)
+                staged = ingest.add(
+                    source, chunk_size=chunk_size, chunking=chunking, parity=parity, in_place=in_place,
+                    progress=progress,
+                )  # fmt: skip
                 if in_place:
                     self._check_same(absolute, source)
                 entry = _ingest.Entry(staged, title)
@@ -282,6 +287,7 @@ class Store:
         *,
         name: str | None = None,
         chunk_size: int | None = None,
+        chunking: str = FIXED,
         parity: tuple[int, int] | None = None,
         in_place: bool = False,
         posix_names: bool = False,
@@ -292,7 +298,8 @@ class Store:
         Args:
             path: The directory.
             name: The name to keep, None: the path's last component.
-            chunk_size: Bytes per chunk of every file, None: automatic for each.
+            chunk_size: Bytes per chunk of every file, cut by content of the average one; None: automatic for each.
+            chunking: "fixed", or "cdc": every file is cut by content.
             parity: (k, m) for every file, None: no parity.
             in_place: Seed files over 64 KiB from where they are; smaller ones are packed all the same.
             posix_names: Allow names that other systems cannot have.
@@ -302,7 +309,8 @@ class Store:
             FileChanged, StoreFull, StoreError, PermissionDenied: As for `store_file`; nothing was stored.
         """
         return _tree.store_tree(
-            self._core, self._quota, path, name=name, chunk_size=chunk_size, parity=parity, in_place=in_place,
+            self._core, self._quota, path, name=name, chunk_size=chunk_size, chunking=chunking, parity=parity,
+            in_place=in_place,
             posix_names=posix_names, progress=progress,
         )  # fmt: skip
 

@@ -125,6 +125,7 @@ def store_tree(
     *,
     name: str | None,
     chunk_size: int | None,
+    chunking: str,
     parity: tuple[int, int] | None,
     in_place: bool,
     posix_names: bool,
@@ -154,7 +155,7 @@ def store_tree(
         except CollectionCorrupt as exc:
             raise UsageError(f"{shown(path)}: cannot be stored: {exc}") from exc
         title = name or shown(os.path.basename(root) or "root")
-        return _ingest(core, quota, root_fd, root, title, scan, chunk_size, parity, in_place, progress)
+        return _ingest(core, quota, root_fd, root, title, scan, chunk_size, chunking, parity, in_place, progress)
     finally:
         os.close(root_fd)
 
@@ -167,6 +168,7 @@ def _ingest(
     title: str,
     scan: _Scan,
     chunk_size: int | None,
+    chunking: str,
     parity: tuple[int, int] | None,
     in_place: bool,
     progress: Progress | None,
@@ -186,11 +188,13 @@ def _ingest(
         SmallEntry(leaf.path, leaf.executable, 0, EMPTY_SHA256, 0, 0) for leaf in scan.leaves if not leaf.identity.size
     ]
     packs: list[PackEntry] = []
-    bound = sum(ingest_bound(leaf.identity.size, chunk_size, parity, in_place=in_place) for leaf in large)
+    bound = sum(
+        ingest_bound(leaf.identity.size, chunk_size, parity, chunking=chunking, in_place=in_place) for leaf in large
+    )
     for pack in _packs(small):
-        bound += ingest_bound(sum(leaf.identity.size for leaf in pack), chunk_size, parity)
+        bound += ingest_bound(sum(leaf.identity.size for leaf in pack), chunk_size, parity, chunking=chunking)
     described = sum(2 * len(leaf.path) + ENTRY_B for leaf in scan.leaves) + sum(2 * len(path) + 2 for path in scan.dirs)
-    bound += ingest_bound(described, chunk_size, parity)
+    bound += ingest_bound(described, chunk_size, parity, chunking=chunking)
     with quota.admit(bound, title) as budget, Ingest(core, budget) as ingest:
         for pack in _packs(small):
             parts = [
@@ -199,7 +203,7 @@ def _ingest(
             ]
             chain = ChainSource(parts, shown(root))
             try:
-                staged = ingest.add(chain, chunk_size=chunk_size, parity=parity, progress=step)
+                staged = ingest.add(chain, chunk_size=chunk_size, chunking=chunking, parity=parity, progress=step)
             finally:
                 chain.close()
             offset = 0
@@ -218,7 +222,9 @@ def _ingest(
                     raise FileChanged(f"{source.label}: changed before it was read; nothing of it was stored")
                 if in_place:
                     make_way(core, os.fsencode(absolute), leaf.identity)
-                staged = ingest.add(source, chunk_size=chunk_size, parity=parity, in_place=in_place, progress=step)
+                staged = ingest.add(
+                    source, chunk_size=chunk_size, chunking=chunking, parity=parity, in_place=in_place, progress=step
+                )
             finally:
                 source.close()
             manifest = staged.manifest
@@ -228,7 +234,7 @@ def _ingest(
             entries.append(Entry(staged, None))
             done += manifest.size
         data = Collection(tuple(packs), tuple(scan.dirs), tuple(files), tuple(smalls)).encode()
-        staged = ingest.add(BytesSource(data, title), chunk_size=chunk_size, parity=parity)
+        staged = ingest.add(BytesSource(data, title), chunk_size=chunk_size, chunking=chunking, parity=parity)
         members = sorted({entry.staged.manifest.manifest_hash for entry in entries})
         top = Entry(staged, title, is_collection=True, members=members)
         new_bytes = staged.new_bytes + sum(entry.staged.new_bytes for entry in entries)

@@ -39,13 +39,14 @@ class StoredFile:
         link: fastcas:// link without peers.
         name: The name it was stored under.
         size: Bytes of content; for a directory, of all its files together.
-        chunk_size: Bytes per chunk.
+        chunk_size: Bytes per chunk; cut by content: of the longest that there may be.
         n_chunks: Data chunks.
         n_parity: Parity chunks.
         new_bytes: Bytes that were written into owned blobs.
         already_stored: The store held exactly this before; nothing but the name was added.
         is_collection: The file is a directory's collection.
         path: The user's file for one that is seeded in place, else None.
+        chunking: "fixed", or "cdc": cut by content.
     """
 
     file_hash: str
@@ -60,6 +61,7 @@ class StoredFile:
     already_stored: bool
     is_collection: bool
     path: str | None
+    chunking: str = "fixed"
 
 
 @dataclass(frozen=True, slots=True)

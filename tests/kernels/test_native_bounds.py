@@ -8,7 +8,8 @@ import pytest
 from fastcas import hashing, parity
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["tests/native/kernels_guard.c", *(f"csrc/{name}" for name in ("common/cpu.c", "sha256/*.c", "gf256/*.c"))]
+C_FILES = ("common/cpu.c", "sha256/*.c", "gf256/*.c", "cdc/*.c")
+SOURCES = ["tests/native/kernels_guard.c", *(f"csrc/{name}" for name in C_FILES)]
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wstrict-prototypes", "-Werror"]
 
 

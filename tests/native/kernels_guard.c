@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "cdc/cdc.h"
 #include "common/cpu.h"
 #include "gf256/gf256.h"
 #include "sha256/chunks.h"
@@ -99,6 +100,43 @@ static void sha256_within_bounds(const fcas_sha256_kernel *k, const fcas_sha256_
             fcas_sha256_final(&t, want_b);
             CHECK(memcmp(out, want_a, 32) == 0 && memcmp(out + 32, want_b, 32) == 0);
         }
+    }
+}
+
+/* Content cut whole and in pieces, each at the very end of its page and at its beginning: the same cuts. */
+static void cuts_within_bounds(void)
+{
+    enum { SIZE = 40 * ROOM };
+    static uint8_t content[SIZE];
+    static size_t whole[SIZE / 64], pieces[SIZE / 64];
+    uint8_t *page = guarded();
+    fcas_cdc c;
+    bool is_cut;
+
+    fill(content, SIZE, 3);
+    CHECK(fcas_cdc_init(&c, 1024) == FCAS_OK);
+    size_t n_whole = 0, at = 0;
+    while (at < SIZE) {
+        at += fcas_cdc_next(&c, content + at, SIZE - at, &is_cut);
+        if (is_cut)
+            whole[n_whole++] = at;
+    }
+    CHECK(n_whole > SIZE / 4096);
+    for (size_t step = 1; step <= ROOM; step = step * 3 / 2 + 1) {
+        CHECK(fcas_cdc_init(&c, 1024) == FCAS_OK);
+        size_t n_pieces = 0;
+        for (at = 0; at < SIZE;) {
+            size_t n = SIZE - at < step ? SIZE - at : step;
+            uint8_t *p = at / step % 2 ? page : page + ROOM - n;
+            memcpy(p, content + at, n);
+            for (size_t done = 0; done < n;) {
+                done += fcas_cdc_next(&c, p + done, n - done, &is_cut);
+                if (is_cut)
+                    pieces[n_pieces++] = at + done;
+            }
+            at += n;
+        }
+        CHECK(n_pieces == n_whole && memcmp(pieces, whole, n_whole * sizeof *whole) == 0);
     }
 }
 
@@ -352,6 +390,7 @@ int main(void)
     lanes_are_kept_busy();
     streams_beside_lanes_are_kept_busy();
     chunk_sizes_are_checked();
+    cuts_within_bounds();
     for (size_t i = 0; fcas_sha256_kernel_at(i) != NULL; i++) {
         const fcas_sha256_kernel *k = fcas_sha256_kernel_at(i);
         const fcas_sha256_kernel *found;

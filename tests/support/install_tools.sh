@@ -3,7 +3,7 @@
 set -euo pipefail
 case "${1:-test}" in
     test)  tools="curl:curl wget:wget aria2c:aria2 strace:strace nginx:nginx-light gcc:gcc openssl:openssl ip:iproute2 mount:mount" ;;
-    bench) tools="curl:curl nginx:nginx-light aria2c:aria2 gcc:gcc openssl:openssl slowhttptest:slowhttptest" ;;
+    bench) tools="curl:curl nginx:nginx-light aria2c:aria2 gcc:gcc openssl:openssl slowhttptest:slowhttptest casync:casync rsync:rsync" ;;
     fuzz)  tools="clang:clang llvm-symbolizer-14:llvm-14" ;;
     *)     echo "usage: install_tools.sh test|bench|fuzz" >&2; exit 2 ;;
 esac

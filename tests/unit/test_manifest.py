@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from fastcas.errors import ManifestCorrupt, UsageError
 from fastcas.hashing import ChunkHasher
-from fastcas.metadata import EMPTY_SHA256, HEADER, SHA256_IV, FileMetadata, Manifest, choose_chunk_size
+from fastcas.metadata import (
+    EMPTY_SHA256,
+    HEADER,
+    SHA256_IV,
+    FileMetadata,
+    Manifest,
+    check_chunking,
+    choose_average,
+    choose_chunk_size,
+)
 from tests.support.store_rig import INTERESTING_SIZES, data_of
 
 KIB = 1 << 10
@@ -245,3 +254,124 @@ def test_file_metadata_lists_hashes_as_hex() -> None:
     assert (meta.file_hash, meta.original_name, meta.size) == (manifest.file_hash.hex(), "a.bin", 40_000)
     assert "".join(meta.data_chunks) == manifest.hashes.hex()
     assert "".join(meta.parity_chunks) == manifest.parity_hashes.hex()
+
+
+def cut(*lengths: int, chunk_size: int = 256 * KIB) -> Manifest:
+    """A manifest of chunks cut by content, with hashes of their numbers."""
+    hashes = b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(len(lengths)))
+    file_hash = hashes if len(lengths) == 1 else hashlib.sha256(b"content").digest()
+    packed = struct.pack(f"<{len(lengths)}I", *lengths)
+    return Manifest(file_hash, sum(lengths), chunk_size, hashes, b"", lengths=packed)
+
+
+def test_cdc_manifest_layout_is_as_documented_and_comes_back() -> None:
+    manifest = cut(16384, 262_144, 20_000, 5)
+    data = manifest.data
+    assert data[:12] == b"FCASMAN1" + bytes([1, 1, 0, 0])
+    assert struct.unpack_from("<IQII", data, 12) == (256 * KIB, 298_533, 4, 0)
+    assert data[32:64] == manifest.file_hash
+    assert data[64 : 64 + 128] == manifest.hashes
+    assert struct.unpack("<4I", data[192:]) == (16384, 262_144, 20_000, 5)
+    again = Manifest.decode(data)
+    assert again == manifest and again.data == data and again.is_cdc and again.chunking == "cdc"
+    assert (again.n_chunks, again.n_total, again.n_stripes, again.wanted_size) == (4, 4, 0, 64 * KIB)
+
+
+def test_cdc_manifest_knows_where_each_chunk_lies() -> None:
+    manifest = cut(16384, 262_144, 20_000, 5)
+    assert [manifest.offset_of(i) for i in range(5)] == [0, 16384, 278_528, 298_528, 298_533]
+    assert [manifest.length_of(i) for i in range(4)] == [16384, 262_144, 20_000, 5]
+    assert [manifest.chunk_at(at) for at in (0, 16383, 16384, 278_527, 278_528, 298_527, 298_528, 298_532)] == [
+        0, 0, 1, 1, 2, 2, 3, 3,
+    ]  # fmt: skip
+    fixed = made(40_000)
+    assert [fixed.offset_of(i) for i in range(3)] == [0, 16384, 32768]
+    assert [fixed.chunk_at(at) for at in (0, 16383, 16384, 39_999)] == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "lengths", [(16383, 5), (262_145,), (16384, 262_145, 5), (16384, 0), (16384, 16384, 16383, 1), (0,)]
+)
+def test_cdc_manifest_with_a_length_outside_the_rule_is_refused(lengths: tuple[int, ...]) -> None:
+    with pytest.raises(ManifestCorrupt):
+        cut(*lengths)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [
+        (9, b"\2"),
+        (9, b"\3"),
+        (9, b"\0"),
+        (10, b"\1"),
+        (11, b"\1"),
+        (10, b"\1\1"),
+        (12, struct.pack("<I", 128 * KIB)),
+        (12, struct.pack("<I", 32 * MIB)),
+        (12, struct.pack("<I", 300_000)),
+        (12, struct.pack("<I", 512 * KIB)),  # the lengths are too short for it
+        (16, struct.pack("<Q", 298_532)),
+        (16, struct.pack("<Q", 0)),
+        (16, struct.pack("<Q", (1 << 50) + 1)),
+        (24, struct.pack("<I", 3)),
+        (24, struct.pack("<I", 0)),
+        (24, struct.pack("<I", 200_001)),
+        (24, struct.pack("<I", 0xFFFFFFFF)),
+        (28, struct.pack("<I", 1)),
+        (192, struct.pack("<I", 16385)),
+        (204, struct.pack("<I", 0)),
+    ],
+)
+def test_cdc_manifest_with_a_wrong_field_is_refused(offset: int, value: bytes) -> None:
+    data = bytearray(cut(16384, 262_144, 20_000, 5).data)
+    data[offset : offset + len(value)] = value
+    with pytest.raises(ManifestCorrupt):
+        Manifest.decode(bytes(data))
+
+
+def test_cdc_manifest_truncated_or_with_more_is_refused() -> None:
+    data = cut(16384, 262_144, 20_000, 5).data
+    for end in range(len(data)):
+        with pytest.raises(ManifestCorrupt):
+            Manifest.decode(data[:end])
+    for extra in (b"\0", b"\0" * 4, b"x" * 32, b"x" * 36):
+        with pytest.raises(ManifestCorrupt):
+            Manifest.decode(data + extra)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_cdc_manifest_decoder_accepts_only_canonical_bytes(data: st.DataObject) -> None:
+    raw = bytearray(cut(*data.draw(st.sampled_from([(5,), (16384, 1), (16384, 262_144, 20_000, 5)]))).data)
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        decoded = Manifest.decode(bytes(raw))
+    except ManifestCorrupt:
+        return
+    assert decoded.data == bytes(raw)
+
+
+def test_cdc_manifest_of_one_chunk_must_have_its_hash() -> None:
+    with pytest.raises(ManifestCorrupt, match="one chunk"):
+        replace(cut(100), hashes=b"x" * 32)
+
+
+def test_cdc_with_parity_or_an_unknown_chunking_is_refused() -> None:
+    with pytest.raises(UsageError, match="cannot have parity"):
+        check_chunking("cdc", (4, 2))
+    with pytest.raises(UsageError, match="chunking"):
+        check_chunking("rabin", None)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0, MIB), (1 << 36, MIB), ((1 << 36) + 1, 2 * MIB), (1 << 39, 4 * MIB)])
+def test_average_doubles_until_it_fits(size: int, expected: int) -> None:
+    assert choose_average(size) == expected
+
+
+@pytest.mark.parametrize("wanted", [0, 32 * KIB, 100_000, 8 * MIB])
+def test_average_out_of_range_is_refused(wanted: int) -> None:
+    with pytest.raises(UsageError, match="power of two"):
+        choose_average(1, wanted)
+    with pytest.raises(UsageError, match="more than 200000"):
+        choose_average(1 << 45)
