@@ -136,13 +136,13 @@ class OrderedFetch:
 
     async def _begin(self) -> None:
         manifest, giver = await self._crowd.wait_for_manifest(lambda waiting_on: None)
-        self.manifest, self._giver = manifest, giver
         by_link = self.link.manifest_hash is not None
         if manifest.is_cdc and manifest.n_chunks > 1 and not by_link:
             raise UsageError(
                 f"file {short(self.link.file_hash)}: cut by content, so its hash proves no byte before the last one is "
                 f"here; nothing was handed out. Read it by its link, or get it as a whole"
             )
+        self.manifest, self._giver = manifest, giver
         trusted = by_link or giver.source in ("user", "link")
         self._chain = _Window(manifest, trusted=trusted, by_link=by_link)
         self._spool = await asyncio.to_thread(_Spool, manifest)

@@ -167,3 +167,21 @@ def test_close_from_another_thread_ends_a_read_that_waits(tmp_path: Path) -> Non
 def test_open_of_what_nobody_has_is_typed() -> None:
     with pytest.raises(NoPeers):
         fastcas.open(HASH, storage_dir="/nonexistent")
+
+
+def test_a_file_cut_by_content_is_read_by_its_link_alone(tmp_path: Path) -> None:
+    """A bare hash proves nothing of it before its last byte is here, so nothing is handed out."""
+    (tmp_path / "f").write_bytes(CONTENT)
+    with start_node(tmp_path / "node") as node:
+        stored = run_fastcas(
+            "store", str(tmp_path / "f"), "--storage-dir", str(node.storage), "--chunking", "cdc", "--json"
+        )
+        link = str(json.loads(stored.stdout)["link"])
+        whole, part = cat(link, "--peer", node.peer), cat(link, "--peer", node.peer, "--range", "3000000-9000000")
+        here = cat(link, "--range", "3000000-9000000", storage=str(node.storage))
+        bare = cat(HASH, "--peer", node.peer)
+    assert (whole.returncode, whole.stdout == CONTENT) == (0, True), whole.stderr
+    assert (part.returncode, part.stdout == CONTENT[3000000:9000001]) == (0, True), part.stderr
+    assert (here.returncode, here.stdout == CONTENT[3000000:9000001]) == (0, True), here.stderr
+    assert (bare.returncode, bare.stdout) == (2, b"")
+    assert b"cut by content" in bare.stderr
