@@ -113,7 +113,7 @@ class _Tree:
         self._peers = tuple(
             remote.addr
             for remote in fetch.crowd.remotes.values()
-            if remote.banned is None and remote.answered and not remote.lacks_file
+            if remote.banned is None and not remote.lacks_file  # whether it answered since the manifest came or not
         )
 
     async def run(self) -> DownloadResult:
