@@ -162,7 +162,6 @@ void fcas_rx_free(fcas_rx *rx)
     }
     for (uint32_t i = 0; i < rx->n_started; i++) {
         pthread_join(rx->threads[i].thread, NULL);
-        fcas_rx_settler_destroy(&rx->threads[i].settler);
         pthread_mutex_destroy(&rx->threads[i].lock);
         close(rx->threads[i].wake_fd);
         close(rx->threads[i].epoll_fd);
