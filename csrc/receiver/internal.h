@@ -19,6 +19,7 @@ typedef struct fcas_rx_buffer {
 typedef struct {
     pthread_mutex_t lock;
     fcas_rx_buffer *free_list;
+    fcas_rx_buffer *lost_list; /* never used again: the disk may still read them */
     size_t total; /* bytes, free and in use */
     size_t max;
 } fcas_rx_pool;
@@ -28,6 +29,8 @@ void fcas_rx_pool_destroy(fcas_rx_pool *pool);
 /* A buffer of at least `size` bytes. NULL with *no_memory = false: none is free now, ask again. */
 fcas_rx_buffer *fcas_rx_pool_get(fcas_rx_pool *pool, size_t size, bool *no_memory);
 void fcas_rx_pool_put(fcas_rx_pool *pool, fcas_rx_buffer *buffer);
+/* Keep a buffer out of use until the end. */
+void fcas_rx_pool_lose(fcas_rx_pool *pool, fcas_rx_buffer *buffer);
 
 /* --- chunks that are complete: checked several at once, written, reported --- */
 
@@ -48,6 +51,7 @@ typedef struct {
     fcas_rx_buffer *buffers[FCAS_RX_TOGETHER];
     size_t n_whole;
     uint64_t whole_since_us; /* the oldest of them */
+    uint64_t last_us, gap_us; /* when the last chunk was whole, and how long after the one before */
     bool has_aio;
     aio_context_t aio;
     int written_fd; /* eventfd: writes are done */

@@ -8,8 +8,10 @@
 
 #define TICK_MS 100
 #define WAIT_MS 5
-/* Chunks that are whole wait so long at most for others that can be checked beside them. */
-#define GATHER_US 4000u
+/* Chunks that are whole wait so long at most for others that can be checked beside them, */
+#define GATHER_US 8000u
+/* and only where they follow each other as fast as this: otherwise whoever waits for them gains more by having them. */
+#define QUICK_US 1000u
 
 static void writable(fcas_rx_conn *c)
 {
@@ -158,13 +160,14 @@ static void serve_waiting(fcas_rx_thread *t)
     }
 }
 
-/* How long to wait for events. Whole chunks wait while more than them are still to come, so that many are checked at
- * once and the connections have enough to send meanwhile. */
+/* How long to wait for events. Whole chunks wait while more than them are still to come: many are checked at once, and
+ * the connections have enough to send meanwhile. */
 static int patience_ms(const fcas_rx_thread *t)
 {
     const fcas_rx_settler *s = &t->settler;
     if (s->n_whole > 0) {
-        return t->n_asked > s->n_whole && fcas_rx_clock_us() - s->whole_since_us < GATHER_US ? 1 : 0;
+        const bool more = t->n_asked > s->n_whole && s->gap_us < QUICK_US;
+        return more && fcas_rx_clock_us() - s->whole_since_us < GATHER_US ? 1 : 0;
     }
     return t->someone_waits ? WAIT_MS : TICK_MS;
 }

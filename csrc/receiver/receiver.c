@@ -20,11 +20,11 @@ void fcas_rx_pool_init(fcas_rx_pool *pool, size_t max)
     pool->max = max;
 }
 
-static void free_unused(fcas_rx_pool *pool)
+static void free_all(fcas_rx_pool *pool, fcas_rx_buffer **list)
 {
-    while (pool->free_list != NULL) {
-        fcas_rx_buffer *buffer = pool->free_list;
-        pool->free_list = buffer->next;
+    while (*list != NULL) {
+        fcas_rx_buffer *buffer = *list;
+        *list = buffer->next;
         pool->total -= buffer->capacity;
         free(buffer->bytes);
         free(buffer);
@@ -33,7 +33,8 @@ static void free_unused(fcas_rx_pool *pool)
 
 void fcas_rx_pool_destroy(fcas_rx_pool *pool)
 {
-    free_unused(pool);
+    free_all(pool, &pool->free_list);
+    free_all(pool, &pool->lost_list);
     pthread_mutex_destroy(&pool->lock);
 }
 
@@ -50,7 +51,7 @@ fcas_rx_buffer *fcas_rx_pool_get(fcas_rx_pool *pool, size_t size, bool *no_memor
         }
     }
     if (found == NULL && pool->total > 0 && pool->total + size > pool->max) {
-        free_unused(pool);
+        free_all(pool, &pool->free_list);
     }
     if (found == NULL && (pool->total == 0 || pool->total + size <= pool->max)) {
         found = calloc(1, sizeof *found);
@@ -77,6 +78,14 @@ void fcas_rx_pool_put(fcas_rx_pool *pool, fcas_rx_buffer *buffer)
     pthread_mutex_lock(&pool->lock);
     buffer->next = pool->free_list;
     pool->free_list = buffer;
+    pthread_mutex_unlock(&pool->lock);
+}
+
+void fcas_rx_pool_lose(fcas_rx_pool *pool, fcas_rx_buffer *buffer)
+{
+    pthread_mutex_lock(&pool->lock);
+    buffer->next = pool->lost_list;
+    pool->lost_list = buffer;
     pthread_mutex_unlock(&pool->lock);
 }
 

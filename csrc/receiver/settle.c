@@ -73,6 +73,7 @@ static void give_up(fcas_rx_settler *s, int error)
             write_now(s, r, w->buffer);
         } else {
             r->sys_errno = error;
+            fcas_rx_pool_lose(&s->rx->pool, w->buffer);
             fcas_rx_deliver(s->rx, r, FCAS_RX_WRITE_FAILED);
         }
     }
@@ -192,8 +193,8 @@ void fcas_rx_settle(fcas_rx_settler *s)
     fcas_rx_spent(&s->hash_ns, from_ns);
     for (size_t i = 0; i < n; i++) {
         fcas_rx_request *r = s->requests[i];
-        r->flags = fcas_rx_check_end(&checks[i], r->job, r->index, r->digest);
-        if ((r->flags & FCAS_RX_HASH_OK) == 0) {
+        r->flags = fcas_rx_check_end(&checks[i], r->job, r->index, s->buffers[i]->bytes, r->digest);
+        if (!fcas_rx_may_write(r->flags)) {
             report(s, r, s->buffers[i], FCAS_RX_CORRUPT);
         } else if (goes_direct(s, r)) {
             ios[n_direct++] = &prepare_write(s, r, s->buffers[i])->io;
@@ -206,9 +207,12 @@ void fcas_rx_settle(fcas_rx_settler *s)
 
 void fcas_rx_settler_add(fcas_rx_settler *s, fcas_rx_request *request, fcas_rx_buffer *buffer)
 {
+    const uint64_t now = fcas_rx_clock_us();
     if (s->n_whole == 0) {
-        s->whole_since_us = fcas_rx_clock_us();
+        s->whole_since_us = now;
     }
+    s->gap_us = now - s->last_us;
+    s->last_us = now;
     s->requests[s->n_whole] = request;
     s->buffers[s->n_whole++] = buffer;
     if (s->n_whole == FCAS_RX_TOGETHER) {
