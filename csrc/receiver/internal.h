@@ -1,4 +1,4 @@
-/* What receiver.c, loop.c, conn.c, answer.c and settle.c share. */
+/* What the files of the receiver share. */
 #ifndef FCAS_RECEIVER_INTERNAL_H
 #define FCAS_RECEIVER_INTERNAL_H
 
@@ -9,17 +9,28 @@
 
 #include "receiver/receiver.h"
 
-/* --- chunk buffers: at most `max` bytes, one is always granted --- */
+/* --- chunk buffers: at most `max` bytes, one is always granted ---
+ * They lie in slabs of a huge page, where the limit allows: the kernel pins one page for a direct write, not 64. */
+typedef struct fcas_rx_slab fcas_rx_slab;
+
 typedef struct fcas_rx_buffer {
     struct fcas_rx_buffer *next;
-    size_t capacity;
+    fcas_rx_slab *slab;
     uint8_t *bytes;
 } fcas_rx_buffer;
 
+struct fcas_rx_slab {
+    fcas_rx_slab *next;
+    uint8_t *bytes;
+    size_t capacity;  /* of each buffer */
+    size_t n, n_free; /* buffers */
+    fcas_rx_buffer buffers[];
+};
+
 typedef struct {
     pthread_mutex_t lock;
+    fcas_rx_slab *slabs;
     fcas_rx_buffer *free_list;
-    fcas_rx_buffer *lost_list; /* never used again: the disk may still read them */
     size_t total; /* bytes, free and in use */
     size_t max;
 } fcas_rx_pool;
@@ -29,8 +40,6 @@ void fcas_rx_pool_destroy(fcas_rx_pool *pool);
 /* A buffer of at least `size` bytes. NULL with *no_memory = false: none is free now, ask again. */
 fcas_rx_buffer *fcas_rx_pool_get(fcas_rx_pool *pool, size_t size, bool *no_memory);
 void fcas_rx_pool_put(fcas_rx_pool *pool, fcas_rx_buffer *buffer);
-/* Keep a buffer out of use until the end. */
-void fcas_rx_pool_lose(fcas_rx_pool *pool, fcas_rx_buffer *buffer);
 
 /* --- chunks that are complete: checked several at once, written, reported --- */
 

@@ -73,7 +73,6 @@ static void give_up(fcas_rx_settler *s, int error)
             write_now(s, r, w->buffer);
         } else {
             r->sys_errno = error;
-            fcas_rx_pool_lose(&s->rx->pool, w->buffer);
             fcas_rx_deliver(s->rx, r, FCAS_RX_WRITE_FAILED);
         }
     }

@@ -535,7 +535,8 @@ class Filling:
             else:
                 waiting_on = f"{scheduler.n_in_flight} chunks in flight" if scheduler.n_in_flight else "peers"
         n_peers = len(scheduler.usable_peers())
-        self._settings.progress(Progress(self._bytes_done, self.manifest.size, self._patience.rate_Bps, n_peers, waiting_on))
+        rate = self._patience.rate_Bps
+        self._settings.progress(Progress(self._bytes_done, self.manifest.size, rate, n_peers, waiting_on))
 
 
 def _convicted(manifest: Manifest, index: int, where: str) -> ManifestConvictedError:

@@ -1,4 +1,4 @@
-"""Direct, asynchronous writing of the receiver under a kernel that does not do what it was asked for: receiver_direct.c."""
+"""The receiver's direct writes under a kernel that does not do what it was asked for: see receiver_direct.c."""
 
 from __future__ import annotations
 
