@@ -15,7 +15,17 @@ import pytest
 
 from fastcas.errors import PeerUnreachable, RemoteProtocolError, UsageError
 from fastcas.fetch._receiver import Job, rename_noreplace
-from fastcas.fetch.receiver import HAS_LINK, HASH_OK, LINK_ALONE, LINK_OK, Answer, AsyncReceiver, Outcome, describe, error_of
+from fastcas.fetch.receiver import (
+    HAS_LINK,
+    HASH_OK,
+    LINK_ALONE,
+    LINK_OK,
+    Answer,
+    AsyncReceiver,
+    Outcome,
+    describe,
+    error_of,
+)
 from fastcas.ids import PeerAddr
 from tests.support.evil_peer import Peer, content_of, head, make_manifest
 
