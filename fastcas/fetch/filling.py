@@ -80,7 +80,7 @@ class Filling:
         self._job = Job(
             manifest, part.fd, part.parity_fd, direct_fd=part.direct_fd, check_links=chain.is_checked
         )
-        self._data = (1 << manifest.n_chunks) - 1
+        self._data = chain.wanted
         missing = self._data & ~to_set(part.candidates, manifest.n_chunks)
         self._held_back = missing if settings.seeds is not None else 0  # chunk set: peers are asked after seed files
         is_new = missing == self._data

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fastcas.errors import FastCASError, Interrupted, UsageError
 from fastcas.fetch.crowd import Crowd
-from fastcas.fetch.download import FetchedTree, Settings
+from fastcas.fetch.download import DownloadHooks, FetchedTree, Settings
 from fastcas.fetch.explain import Meter
 from fastcas.fetch.filling import Filling, ManifestConvictedError
 from fastcas.fetch.journal import Journal
@@ -250,3 +250,10 @@ class OrderedFetch:
 
     def on_tree(self, tree: FetchedTree) -> None:
         """Not called: a collection is read as a file."""
+
+    def member(self) -> DownloadHooks:
+        """Not called, likewise."""
+        raise AssertionError("a collection is read as a file")
+
+    def end(self) -> None:
+        """Not called, likewise."""

@@ -247,14 +247,16 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     rate = args.get("max_download_Bps")
     hooks = _Finished() if store is not None else None
     reservation = Reservation(store, _here) if store is not None else None
-    async with dht_client(args, link, is_needed=not peers and not link.peers) as dht:
-        result = await download(
-            link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s,
-            stall_timeout_s=stall_s, hooks=hooks, progress=relay, raw=raw, force=force, origins=origins,
-            pace=Pace(rate) if rate else None, known=known, reserve=reservation, seed_from=seeds,
-        )  # fmt: skip
-    if reservation is not None:
-        await reservation.release()
+    try:
+        async with dht_client(args, link, is_needed=not peers and not link.peers) as dht:
+            result = await download(
+                link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s,
+                stall_timeout_s=stall_s, hooks=hooks, progress=relay, raw=raw, force=force, origins=origins,
+                pace=Pace(rate) if rate else None, known=known, reserve=reservation, seed_from=seeds,
+            )  # fmt: skip
+    finally:
+        if reservation is not None:
+            await reservation.release()
     if store is not None and hooks is not None:
         for path, manifest, is_proven in hooks.files:
             if is_proven:
@@ -294,6 +296,13 @@ class _Finished:
     def on_tree(self, tree: FetchedTree) -> None:
         """Remember it."""
         self.trees.append(tree)
+
+    def member(self) -> _Finished:
+        """Files of a collection are remembered with it."""
+        return self
+
+    def end(self) -> None:
+        """Nothing is served while it runs."""
 
 
 def _remember(store: Store, path: Path, manifest: Any) -> None:

@@ -6,18 +6,22 @@ in the store's thread.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastcas.errors import DestinationExists
+from fastcas.errors import DestinationExists, FastCASError
 from fastcas.fetch.partfile import PartFile, has_content, prepare_folder, safe_name, storage_error
 from fastcas.ids import Link, short
 from fastcas.metadata import Manifest
 from fastcas.store import Store
-from fastcas.store.collection import Collection
+from fastcas.store.beneath import beneath, make_dirs_beneath, open_beneath
+from fastcas.store.collection import Collection, FileEntry, SmallEntry
 
 __all__ = ["export"]
 
@@ -103,33 +107,83 @@ def _export_tree(store: Store, manifest: Manifest, out: Path, *, force: bool, pr
     if out.exists() and not out.is_dir():
         raise DestinationExists(f"{out}: exists and is no folder; it was left alone")
     try:
-        for folder in ("", *tree.dirs):
-            (out / folder).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        root = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as exc:
         raise storage_error(exc, str(out), "the folder is incomplete") from exc
+    try:
+        _fill_tree(store, tree, root, out, force=force, progress=progress)
+    finally:
+        os.close(root)
+    return tree.size
+
+
+def _fill_tree(store: Store, tree: Collection, root: int, out: Path, *, force: bool, progress: Progress) -> None:
+    for folder in tree.dirs:
+        make_dirs_beneath(root, folder)
     done = 0
     for entry in tree.files:
-        _export_file(store, _manifest(store, entry.manifest_hash), out / entry.path, force=force, progress=_ignore)
-        (out / entry.path).chmod(0o755 if entry.executable else 0o644)
+        with _place(root, out, entry.path) as path:
+            _export_file(store, _manifest(store, entry.manifest_hash), path, force=force, progress=_ignore)
+        _set_mode(root, entry)
         done += entry.size
         progress(done, tree.size)
     packs = [_manifest(store, pack.manifest_hash) for pack in tree.packs]
     for small in tree.small:
         data = _read(store, packs[small.pack], small.offset, small.size) if small.size else b""
-        _write_small(out / small.path, data, 0o755 if small.executable else 0o644, force=force)
+        with _place(root, out, small.path) as path:
+            _write_small(path, data, force=force)
+        _set_mode(root, small)
         done += small.size
         progress(done, tree.size)
-    return tree.size
 
 
-def _write_small(path: Path, data: bytes, mode: int, *, force: bool) -> None:
+@contextlib.contextmanager
+def _place(root: int, out: Path, path: str) -> Iterator[Path]:
+    """Yield where a member goes, by way of an open folder to which no symbolic link has led.
+
+    Raises:
+        FastCASError: As raised inside, with the member's place as its user knows it.
+    """
+    with beneath(root, path) as (folder, name):
+        way = Path(f"/proc/self/fd/{folder}")
+        if stat.S_ISLNK(_mode_of(name, folder)):
+            raise DestinationExists(f"{out / path}: a symbolic link; it was left alone")
+        try:
+            yield way / name
+        except FastCASError as exc:
+            raise type(exc)(str(exc).replace(f"{way}/", f"{(out / path).parent}/")) from exc
+
+
+def _mode_of(name: str, folder: int) -> int:
     try:
-        if path.is_symlink() or (path.exists() and path.read_bytes() != data and not force):
-            raise DestinationExists(f"{path}: exists with other content; it was left alone")
-        path.write_bytes(data)
-        path.chmod(mode)
+        return os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return 0
+
+
+def _write_small(path: Path, data: bytes, *, force: bool) -> None:
+    same = has_content(path, hashlib.sha256(data).digest())
+    if same:
+        return
+    if same is False and not force:
+        raise DestinationExists(f"{path}: exists with other content; it was left alone")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with open(os.open(path, flags, 0o644), "wb") as file:
+            file.write(data)
     except OSError as exc:
         raise storage_error(exc, str(path), "the folder is incomplete") from exc
+
+
+def _set_mode(root: int, entry: FileEntry | SmallEntry) -> None:
+    file = open_beneath(root, entry.path, os.O_RDONLY)
+    try:
+        os.fchmod(file, 0o755 if entry.executable else 0o644)
+    except OSError as exc:
+        raise storage_error(exc, entry.path, "the folder is incomplete") from exc
+    finally:
+        os.close(file)
 
 
 def _manifest(store: Store, manifest_hash: bytes) -> Manifest:

@@ -204,6 +204,12 @@ class _Hooks:
         assert tree_of(tree.path) == WANTED
         self.trees.append(tree)
 
+    def member(self) -> _Hooks:
+        return self
+
+    def end(self) -> None:
+        """Not of interest."""
+
 
 def test_whole_tree_is_told_with_the_manifests_of_its_members(tmp_path: Path) -> None:
     lib, content = library()
