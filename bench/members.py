@@ -1,7 +1,7 @@
 """How long does a folder of many middle-sized files take, by link from one node, near and far?
 
-Each file has a manifest of its own. A node with one worker holds the folder; `fastcas get` fetches it over loopback, and
-through a proxy that holds every byte back for so many milliseconds each way. Wall time of the whole client process.
+Each file has a manifest of its own. A node with one worker holds the folder; `fastcas get` fetches it over loopback,
+and through a proxy that holds every byte back for so many milliseconds each way. Wall time of the client process.
 
     python -m bench.members [--files 2000] [--size 256K] [--delay-ms 0,20] [--folder DIR]
 """

@@ -82,7 +82,7 @@ class Choice:
         if not files and not small:
             n = len(collection.files) + len(collection.small)
             raise NotFound(f"--include, --exclude: none of the collection's {n} files is chosen; nothing was fetched")
-        needed = _folders_of(entry.path for entry in (*files, *small))
+        needed = _folders_of([*(entry.path for entry in files), *(entry.path for entry in small)])
         return replace(collection, dirs=tuple(d for d in collection.dirs if d in needed), files=files, small=small)
 
 
@@ -144,18 +144,19 @@ def member_of(collection: Collection, path: str, file_hash: bytes) -> FileEntry 
     Raises:
         NotFound: No file has it.
     """
-    for entry in (*collection.files, *collection.small):
+    entries: list[FileEntry | SmallEntry] = [*collection.files, *collection.small]
+    for entry in entries:
         if entry.path == path:
             return entry
     shown = escape_for_terminal(path)
-    hint = f"a folder, which --include '{shown}/' fetches" if path in collection.dirs else "no such file"
+    hint = f"a folder, which --include '/{shown}/' fetches" if path in collection.dirs else "no such file"
     raise NotFound(f"collection {short(file_hash)}: '{shown}': {hint}; nothing was fetched")
 
 
 def chosen_of(collection: Collection, part: Collection) -> Chosen:
     """Return what `part` has of a collection."""
-    paths = sorted(entry.path for entry in (*part.files, *part.small))
-    return Chosen(tuple(paths), part.size, len(collection.files) + len(collection.small), collection.size)
+    paths = [*(entry.path for entry in part.files), *(entry.path for entry in part.small)]
+    return Chosen(tuple(sorted(paths)), part.size, len(collection.files) + len(collection.small), collection.size)
 
 
 def ranges_of_packs(part: Collection) -> dict[int, list[tuple[int, int]]]:

@@ -121,7 +121,7 @@ class FileFetch:
     def _explained(self) -> Explained:
         return self._meter.end(time.monotonic())
 
-    def _of_origins(self) -> dict[str, dict[str, Any]]:
+    def _of_origins(self) -> dict[str, Any]:
         origins = self._origins.origins if self._origins is not None else []
         return {
             "bytes_by_origin": {origin.shown: origin.n_bytes for origin in origins if origin.n_bytes},

@@ -1,7 +1,7 @@
 """One file of a collection by its path: the collection is read, then that file alone is fetched.
 
-The path is only looked up among those that the collection lists; it never names anything on this machine. Of the pack of
-a small file only the chunks are fetched in which it lies. What is needed on the way lies in hidden files beside the
+The path is only looked up among those that the collection lists; it never names anything on this machine. Of the pack
+of a small file only the chunks are fetched in which it lies. What is needed on the way lies in hidden files beside the
 destination, where an interrupted attempt is continued, and is removed at the end.
 """
 
@@ -178,6 +178,8 @@ def _write(out: Path, data: bytes, *, force: bool) -> None:
 
 
 def _set_mode(out: Path, entry: FileEntry | SmallEntry) -> None:
+    if out.is_symlink():
+        return  # to a file of the user's that has the content already
     try:
         fd = os.open(out, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         try:

@@ -1,7 +1,7 @@
 """One receiver for several files that are fetched at once: the same threads, connections and memory cap for all.
 
-A download sets `on_batch` of its receiver and drives its scheduler from it, so each file gets a share with an `on_batch`
-of its own. It is called after the batches that had an answer for that file.
+A download sets `on_batch` of its receiver and drives its scheduler from it, so each file gets a share with an
+`on_batch` of its own. It is called after the batches that had an answer for that file.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastcas.errors import DestinationExists, FastCASError
+from fastcas.errors import DestinationExists, FastCASError, UsageError
+from fastcas.fetch.choosing import Choice, Chosen, chosen_of, member_of
 from fastcas.fetch.partfile import PartFile, has_content, prepare_folder, safe_name, storage_error
 from fastcas.ids import Link, short
 from fastcas.metadata import Manifest
@@ -33,7 +34,8 @@ class _DamagedError(Exception):
 
 
 def export(
-    store: Store, link: Link, out: Path | None, folder: Path, *, raw: bool, force: bool, progress: Progress
+    store: Store, link: Link, out: Path | None, folder: Path, *, raw: bool, force: bool, progress: Progress,
+    choice: Choice | None = None,
 ) -> dict[str, Any] | None:
     """Copy what a link names out of the store.
 
@@ -44,10 +46,13 @@ def export(
         raw: A collection is an ordinary file.
         force: Replace a destination with other content.
         progress: Called with (bytes done, bytes total).
+        choice: Which files of the collection; None: all.
     Returns:
         What `get` returns, or None when the store does not hold all of it, or its copy is damaged.
     Raises:
         DestinationExists: The destination has other content; it was left alone.
+        NotFound: The collection has no file at the link's path, or none that is chosen.
+        UsageError: Something is to be chosen of a file that is no collection.
         StoreFull, PermissionDenied, StoreError: The disk refuses.
     """
     started = time.monotonic()
@@ -58,10 +63,24 @@ def export(
     if manifest is None:
         return None
     if out is None:
-        out = folder / safe_name(link.name or row.name, link.file_hash.hex())
+        out = folder / safe_name(link.path or link.name or row.name, link.file_hash.hex())
+    wants_part = link.path is not None or choice is not None
+    if wants_part and not row.is_collection:
+        raise UsageError(f"REF: {short(link.file_hash)} is a file and no collection, so nothing can be chosen of it")
+    chosen: Chosen | None = None
+    file_hash = link.file_hash
     try:
-        if row.is_collection and not raw:
-            size = _export_tree(store, manifest, out, force=force, progress=progress)
+        if row.is_collection and (wants_part or not raw):
+            tree = Collection.decode(_read(store, manifest, 0, manifest.size))
+            if link.path is not None:
+                entry = member_of(tree, link.path, link.file_hash)
+                size, file_hash = entry.size, entry.file_hash if isinstance(entry, FileEntry) else entry.sha256
+                chosen = Chosen((entry.path,), size, len(tree.files) + len(tree.small), tree.size)
+                _export_member(store, tree, entry, out, force=force, progress=progress)
+            else:
+                part = tree if choice is None else choice.apply(tree)
+                chosen = None if choice is None else chosen_of(tree, part)
+                size = _export_tree(store, part, out, force=force, progress=progress)
         else:
             size = manifest.size
             _export_file(store, manifest, out, force=force, progress=progress)
@@ -69,10 +88,11 @@ def export(
         return None  # peers may have what is damaged here
     store.touch([link.file_hash])
     return {
-        "path": str(out), "file_hash": link.file_hash.hex(), "manifest_hash": manifest.manifest_hash.hex(),
+        "path": str(out), "file_hash": file_hash.hex(), "manifest_hash": manifest.manifest_hash.hex(),
         "size": size, "seconds": round(time.monotonic() - started, 3), "bytes_by_peer": {}, "fetched_bytes": 0,
         "resumed_bytes": 0, "local_bytes": size, "banned": {}, "bytes_by_origin": {}, "failed_origins": {},
         "explained": {"limited_by": "disk", "shares": {"disk": 1.0}, "n_unheld": 0},
+        "chosen": chosen.to_map() if chosen is not None else None,
     }  # fmt: skip
 
 
@@ -102,8 +122,32 @@ def _export_file(store: Store, manifest: Manifest, out: Path, *, force: bool, pr
         part.close()
 
 
-def _export_tree(store: Store, manifest: Manifest, out: Path, *, force: bool, progress: Progress) -> int:
-    tree = Collection.decode(_read(store, manifest, 0, manifest.size))
+def _export_member(
+    store: Store, tree: Collection, entry: FileEntry | SmallEntry, out: Path, *, force: bool, progress: Progress
+) -> None:
+    """Copy one file of a collection to a place of its own."""
+    if isinstance(entry, FileEntry):
+        _export_file(store, _manifest(store, entry.manifest_hash), out, force=force, progress=progress)
+    else:
+        if out.is_dir():
+            raise DestinationExists(f"{out}: a folder; it was left alone")
+        prepare_folder(out.parent)
+        _write_small(out, _small(store, tree, entry), force=force)
+    if not out.is_symlink():
+        out.chmod(_mode(entry))
+
+
+def _small(store: Store, tree: Collection, entry: SmallEntry) -> bytes:
+    if not entry.size:
+        return b""
+    return _read(store, _manifest(store, tree.packs[entry.pack].manifest_hash), entry.offset, entry.size)
+
+
+def _mode(entry: FileEntry | SmallEntry) -> int:
+    return 0o755 if entry.executable else 0o644
+
+
+def _export_tree(store: Store, tree: Collection, out: Path, *, force: bool, progress: Progress) -> int:
     if out.exists() and not out.is_dir():
         raise DestinationExists(f"{out}: exists and is no folder; it was left alone")
     try:
@@ -128,9 +172,8 @@ def _fill_tree(store: Store, tree: Collection, root: int, out: Path, *, force: b
         _set_mode(root, entry)
         done += entry.size
         progress(done, tree.size)
-    packs = [_manifest(store, pack.manifest_hash) for pack in tree.packs]
     for small in tree.small:
-        data = _read(store, packs[small.pack], small.offset, small.size) if small.size else b""
+        data = _small(store, tree, small)
         with _place(root, out, small.path) as path:
             _write_small(path, data, force=force)
         _set_mode(root, small)
@@ -179,7 +222,7 @@ def _write_small(path: Path, data: bytes, *, force: bool) -> None:
 def _set_mode(root: int, entry: FileEntry | SmallEntry) -> None:
     file = open_beneath(root, entry.path, os.O_RDONLY)
     try:
-        os.fchmod(file, 0o755 if entry.executable else 0o644)
+        os.fchmod(file, _mode(entry))
     except OSError as exc:
         raise storage_error(exc, entry.path, "the folder is incomplete") from exc
     finally:
