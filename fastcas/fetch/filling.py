@@ -153,6 +153,8 @@ class Filling:
 
     def _on_have(self, remote: Remote) -> None:
         self._scheduler.add_peer(remote.addr)
+        if not self.chain.takes_any:
+            self._scheduler.peers[remote.addr].gives_next = False
         self._scheduler.set_have(remote.addr, remote.have, is_seed=remote.is_seed)
         if remote.came_back:
             remote.came_back = False

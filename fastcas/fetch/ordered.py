@@ -88,6 +88,7 @@ class _Window(Chain):
         super().__init__(manifest, trusted=trusted)
         self._chunks = manifest.n_chunks
         self.by_link = by_link
+        self.takes_any = False
         self.first, self.end = 0, 0
 
     def allowed(self) -> int:

@@ -83,6 +83,7 @@ class Chain:
         self.is_checked = is_checked
         n = manifest.n_chunks
         self.wanted = (1 << n) - 1 if wanted is None else wanted
+        self.takes_any = wanted is None  # a peer may choose which chunk it gives
         self._n = n
         self._has_links = not manifest.is_cdc or n == 1
         self._trusted = trusted or not self._has_links

@@ -66,17 +66,19 @@ def test_only_chosen_members_are_fetched(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("wanted", "n_chunks"), [(["early"], 1), (["over"], 2), (["early", "late"], 2)])
 @pytest.mark.parametrize("through_path", [False, True])
+@pytest.mark.parametrize("as_node", [False, True])
 def test_of_a_pack_only_the_chunks_that_are_needed_are_fetched(
-    tmp_path: Path, wanted: list[str], n_chunks: int, through_path: bool
+    tmp_path: Path, wanted: list[str], n_chunks: int, through_path: bool, as_node: bool
 ) -> None:
     lib = wide()
+    us: dict[str, Any] = {"data_port": 9, "node_id": "ab" * 20} if as_node else {}  # nodes let seeds choose chunks
     if not through_path:
-        fetch(lib, tmp_path / "out", choice=Choice(wanted))
+        fetch(lib, tmp_path / "out", choice=Choice(wanted), **us)
         assert set(tree_of(tmp_path / "out")) == set(wanted)
     elif len(wanted) > 1:
         return
     else:
-        fetch(lib, tmp_path / "out", path=wanted[0])
+        fetch(lib, tmp_path / "out", path=wanted[0], **us)
         entry = next(e for e in Collection.decode(lib.peers[0].content).small if e.path == wanted[0])
         assert (tmp_path / "out").read_bytes() == PACK[entry.offset : entry.offset + 20]
     assert served(lib)[1:] == [0, n_chunks]
