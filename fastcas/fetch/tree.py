@@ -23,7 +23,7 @@ from fastcas.fetch._receiver import rename_noreplace
 from fastcas.fetch.choosing import chosen_of, chunks_of_ranges, ranges_of_packs
 from fastcas.fetch.download import DownloadHooks, DownloadResult, FetchedTree, Progress
 from fastcas.fetch.filefetch import FileFetch
-from fastcas.fetch.partfile import safe_name, storage_error
+from fastcas.fetch.partfile import PART_SUFFIX, safe_name, storage_error
 from fastcas.fetch.receiver import AsyncReceiver
 from fastcas.fetch.shared import SharedReceiver
 from fastcas.ids import Link, escape_for_terminal, short
@@ -112,6 +112,7 @@ async def fetch_tree(fetch: FileFetch, content: DownloadResult) -> DownloadResul
     if fetch.over_folder:
         if await asyncio.to_thread(_same_tree, out, chosen):
             part.discard()
+            await asyncio.to_thread(_clear_leftovers, out)
             if settings.hooks is not None and settings.choice is None:
                 settings.hooks.on_tree(FetchedTree(out, _name(fetch, out), collection, content.manifest, {}, {}))
             return replace(content, path=out, size=chosen.size)
@@ -424,6 +425,21 @@ def _same_tree(out: Path, collection: Collection) -> bool:
         )
     finally:
         os.close(fd)
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Remove the work folder of an attempt that was killed when its files were at their places already. Blocks.
+
+    One in which something is still being fetched, or that is not ours, is left alone.
+    """
+    work = out.with_name(out.name + WORK_SUFFIX)
+    with suppress(OSError):
+        status = work.lstat()
+        tree = work / "tree"
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or any(work.glob("*" + PART_SUFFIX)):
+            return
+        if not any(files for _, _, files in os.walk(tree)):
+            shutil.rmtree(work)
 
 
 def _paths(collection: Collection) -> list[str]:

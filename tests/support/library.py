@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from fastcas.ids import PeerAddr
+from fastcas.ids import Link, PeerAddr
 from fastcas.store.collection import Collection, FileEntry, PackEntry, SmallEntry
 from tests.support.evil_peer import Peer, content_of, head
 
@@ -35,6 +35,11 @@ class Library:
     @property
     def addr(self) -> PeerAddr:
         return PeerAddr("127.0.0.1", self._server.sockets[0].getsockname()[1])
+
+    def link(self) -> Link:
+        """Return a link to the collection."""
+        manifest = self.peers[0].manifest
+        return Link(manifest.file_hash, manifest.manifest_hash, peers=(self.addr,))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
