@@ -36,8 +36,8 @@ PARITY_AFTER_S = 0.05  # nobody else will come
 KINDS = (
     "openat", "mkdir", "flock", "fallocate", "ftruncate", "pwrite64", "pread64", "lseek", "fsync", "renameat2",
     "unlink", "close", "clone3", "socket", "connect", "sendto", "recvfrom", "epoll_ctl", "epoll_wait", "read", "write",
-    "futex", "newfstatat", "fcntl", "madvise", "eventfd2", "pipe2", "mmap", "rename", "unlinkat", "fchmod", "sync",
-    "rmdir",
+    "futex", "newfstatat", "fcntl", "madvise", "eventfd2", "pipe2", "mmap", "rename", "renameat", "unlinkat",
+    "fchmod", "sync", "rmdir",
 )  # fmt: skip
 FEW = {
     "link": (
@@ -57,8 +57,8 @@ FEW = {
     ),
     "collection": (
         ("fresh", "pwrite64", (1, 8, 15)), ("fresh", "fsync", (1, 4)), ("fresh", "renameat2", (1,)),
-        ("fresh", "rename", (1, 3, 7)), ("fresh", "fchmod", (1, 4)), ("fresh", "sync", (1,)),
-        ("fresh", "unlinkat", (1,)), ("fresh", "mkdir", (2, 4)), ("resumed", "rename", (1, 6)),
+        ("fresh", "rename", (1,)), ("fresh", "renameat", (1, 3)), ("fresh", "fchmod", (1, 4)), ("fresh", "sync", (1,)),
+        ("fresh", "unlinkat", (1,)), ("fresh", "mkdir", (2, 4)), ("resumed", "renameat", (2,)),
         ("resumed", "pwrite64", (2,)), ("resumed", "unlink", (2,)),
     ),
 }  # fmt: skip
