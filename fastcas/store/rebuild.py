@@ -35,7 +35,8 @@ from fastcas.store.collection import MAGIC, Collection
 from fastcas.store.core import Core, identity_of, manifest_name
 from fastcas.store.ingest import insert_linked
 from fastcas.store.linked import prove
-from fastcas.store.paths import BLOB_DIR, MANIFEST_DIR, QUARANTINE_DIR, Folder, os_errors, shown
+from fastcas.store.paths import BLOB_DIR, MANIFEST_DIR, OLD_CATALOG, Folder, os_errors, shown
+from fastcas.store.quota import QUOTA_FACT
 from fastcas.store.sources import open_user_file
 from fastcas.store.types import Identity, Progress, RebuildReport
 
@@ -57,6 +58,7 @@ class _Old:
     pins: dict[bytes, int] = field(default_factory=dict)
     used: dict[bytes, int] = field(default_factory=dict)
     linked: dict[bytes, list[bytes]] = field(default_factory=dict)
+    quota: bytes | None = None
 
 
 def rebuild(folder: Folder, progress: Progress | None) -> RebuildReport:
@@ -97,7 +99,7 @@ def _keep_old(folder: Folder) -> str | None:
     """Give the old catalog and its log a second name in quarantine/; returns it, None where there is none."""
     if not folder.exists(CATALOG):
         return None
-    kept = f"{QUARANTINE_DIR}/catalog-{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}.db"
+    kept = f"{OLD_CATALOG}{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}.db"
     for suffix in ("-wal", ""):
         with os_errors(folder.path(kept), "keeping the old catalog"), contextlib.suppress(FileNotFoundError):
             os.link(CATALOG + suffix, kept + suffix, src_dir_fd=folder.fd, dst_dir_fd=folder.fd, follow_symlinks=False)
@@ -114,11 +116,15 @@ def _salvage(folder: Folder, kept: str) -> _Old:
     def linked(manifest: bytes, path: bytes) -> None:
         old.linked.setdefault(bytes(manifest), []).append(bytes(path))
 
+    def quota(value: bytes) -> None:
+        old.quota = bytes(value) if len(value) == 8 else None
+
     tables = (
         ("SELECT file, name, stored_at FROM names", names),
         ("SELECT file, pinned_at FROM pins", lambda file, at: old.pins.update({bytes(file): int(at)})),
         ("SELECT file, at FROM used", lambda file, at: old.used.update({bytes(file): int(at)})),
         ("SELECT manifest, path FROM blobs WHERE kind=1 AND manifest IS NOT NULL", linked),
+        (f"SELECT value FROM meta WHERE key='{QUOTA_FACT}'", quota),
     )
     with (
         contextlib.suppress(sqlite3.Error),
@@ -156,6 +162,8 @@ class _Rebuild:
             self._say(0)
         if self._ids:  # so that gc knows the blobs of the old catalog as its own
             catalog.remember("catalog_id", self._ids.most_common(1)[0][0])
+        if self._old.quota is not None:
+            catalog.remember(QUOTA_FACT, self._old.quota)
         for manifest, stored_at in self._manifests():
             self._manifest(manifest, stored_at)
         self._collections()

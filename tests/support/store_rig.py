@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import stat
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,3 +164,10 @@ def put(
     manifest = store.manifest(bytes.fromhex(stored.manifest_hash))
     assert manifest is not None
     return data, manifest
+
+
+def disk_bytes(root: Path) -> int:
+    """Disk blocks that count against a quota, in bytes."""
+    trees = ("hashed_files", "manifests", "quarantine")
+    files = (path for tree in trees for path in (root / tree).rglob("*") if not path.name.startswith("catalog-"))
+    return sum(info.st_blocks * 512 for path in files if stat.S_ISREG((info := path.lstat()).st_mode))
