@@ -17,6 +17,7 @@ from fastcas.metadata import Manifest
 from fastcas.store.blobs import BlobWriter
 from fastcas.store.catalog import OWNED, BlobRow
 from fastcas.store.core import Core
+from fastcas.store.quota import BLOCK_B
 from fastcas.store.types import Identity
 
 __all__ = ["Healer", "Places"]
@@ -125,7 +126,8 @@ class Healer:
         return self._core.try_manifest(row) if row is not None else None
 
     def _keep(self, key: bytes, data: bytes | memoryview, how: str) -> None:
-        self._blob.allow(self._core.room())
+        room = self._core.room()
+        self._blob.allow(None if room is None else room // BLOCK_B * BLOCK_B - BLOCK_B)  # whole blocks count
         offset = self._blob.reserve(key, len(data))
         self._blob.write([memoryview(data)], offset, 0)
         self._core.took(len(data))
