@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from fastcas.store import Store
-from fastcas.store import blobs as blobs_module
 from tests.support.store_crash_child import FOREIGN, KINDS, UNNAMED, UNWILLING
 from tests.support.store_rig import Mirror, blob_files, check_replay, data_of, flip, followed, sha, temps
 
@@ -104,7 +103,7 @@ def strike_round(
     folder: Path, operation: str, kinds: Sequence[str], effect: str, patience: int, first: int, passed: int
 ) -> list[tuple[str, int, int]]:
     """Run one strace over the copies that are there; returns (kind, n, exit status) of each child."""
-    struck = first + ROUND
+    struck = first + ROUND + 1
     inject = [part for kind in kinds for part in ("-e", f"inject={kind}:{effect}:when={struck}")]
     done = subprocess.run(
         ["strace", "-f", "-qqq", "-o", "/dev/null", "-e", f"trace={','.join(kinds)}", *inject,
@@ -206,25 +205,31 @@ def test_io_error_at_every_change_is_said_and_passes(tmp_path: Path, operation: 
     assert set(statuses) == {0, 1}
 
 
-def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = data_of(300_000)
-    (tmp_path / "f").write_bytes(data)
-    pwrite, pwritev = os.pwrite, os.pwritev
+@pytest.fixture(scope="module")
+def short_write(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("short") / "short_write.so"
+    source = ROOT / "tests/support/short_write.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
 
-    def short_v(fd: int, views: Sequence[memoryview], offset: int) -> int:
-        return pwritev(fd, [views[0][:7]], offset)
 
-    def short(fd: int, view: memoryview, offset: int) -> int:
-        return pwrite(fd, memoryview(view)[:4099], offset)
-
-    with Store.open(tmp_path / "st", create=True) as store:
-        mirror = followed(store)
-        with monkeypatch.context() as patch:
-            patch.setattr(blobs_module.os, "pwritev", short_v)
-            patch.setattr(os, "pwrite", short)
-            stored = store.store_file(tmp_path / "f", chunk_size=16384, parity=(4, 2))
-        assert mirror.content(bytes.fromhex(stored.manifest_hash)) == data
-        assert store.verify().is_clean
+@pytest.mark.parametrize(
+    "operation", ["store_file", "store_tree", "in_place", "gc", "repair", "migrate", "evict", "rebuild"]
+)
+def test_short_and_interrupted_writes_are_continued(tmp_path: Path, operation: str, short_write: Path) -> None:
+    shutil.copytree(prepare(tmp_path, operation, 2), tmp_path / "1")
+    log = tmp_path / "log"
+    environment = {
+        **os.environ, "LD_PRELOAD": str(short_write), "SHORT_WRITE_LOG": str(log), "SHORT_WRITE_READS": "0",
+        "FASTCAS_STRIKE": "2",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.store_crash_child", tmp_path, operation, "1", "1", "0", "fsync"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [["fsync", 1, 0]], done.stderr
+    assert log.stat().st_size > 10
+    check(tmp_path, [("fsync", 1, 0)], damaged=False)
 
 
 def in_namespace(script: str, *args: str) -> list[object]:

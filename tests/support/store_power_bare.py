@@ -1,8 +1,8 @@
 """Makes plain files durable without end on a mount that is about to lose its power: what ext4 itself keeps.
 
 usage: python -m tests.support.store_power_bare FOLDER SEED
-Each line on stdout is an acknowledgement: "hash NAME STAMP" (CLOCK_MONOTONIC, ns), after the file's fsync and its
-folder's returned 0.
+Each line on stdout is an acknowledgement: "hash NAME STAMP" (CLOCK_MONOTONIC, ns), after the file's fsync, its
+folder's, and the fdatasync of a log to which its name was appended have returned 0, as for a blob and the catalog.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 __all__ = ["surviving"]
 
+LOG = "log"
 SIZES = (3, 5_000, 70_000)
 KEPT_B = 30 << 20  # the folder is emptied beyond that
 
@@ -24,11 +25,13 @@ def content(name: str, size: int) -> bytes:
 
 
 def surviving(folder: Path) -> set[str]:
-    """Return the names of the whole files, and empty the folder."""
+    """Return the names of the whole files that the log has, and empty the folder."""
     here = set()
+    log = folder / LOG
+    logged = set(log.read_text().split()) if log.exists() else set()
     for path in folder.iterdir() if folder.is_dir() else ():
         data = path.read_bytes()
-        if data and data == content(path.name, len(data)) and len(data) in SIZES:
+        if path.name in logged and len(data) in SIZES and data == content(path.name, len(data)):
             here.add(path.name)
         path.unlink()
     return here
@@ -40,6 +43,8 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     chooser = random.Random(seed)
     parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600, dir_fd=parent)
+    os.fsync(parent)
     written = 0
     while written < KEPT_B:
         name = f"{chooser.getrandbits(64):016x}"
@@ -50,6 +55,8 @@ def main() -> None:
         os.fsync(fd)
         os.close(fd)
         os.fsync(parent)
+        assert os.write(log, name.encode() + b"\n" * 1000) == len(name) + 1000
+        os.fdatasync(log)
         os.write(1, b"hash %s %d\n" % (name.encode(), time.monotonic_ns()))
 
 

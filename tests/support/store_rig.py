@@ -166,8 +166,14 @@ def put(
     return data, manifest
 
 
-def disk_bytes(root: Path) -> int:
-    """Disk blocks that count against a quota, in bytes."""
+def counted_files(root: Path) -> dict[int, int]:
+    """What counts against a quota: disk blocks in bytes by inode. Raises FileNotFoundError if something goes away."""
     trees = ("hashed_files", "manifests", "quarantine")
     files = (path for tree in trees for path in (root / tree).rglob("*") if not path.name.startswith("catalog-"))
-    return sum(info.st_blocks * 512 for path in files if stat.S_ISREG((info := path.lstat()).st_mode))
+    infos = [path.lstat() for path in files]
+    return {info.st_ino: info.st_blocks * 512 for info in infos if stat.S_ISREG(info.st_mode)}
+
+
+def disk_bytes(root: Path) -> int:
+    """The bytes on disk that count against a quota."""
+    return sum(counted_files(root).values())
