@@ -219,7 +219,9 @@ def _ingest(
             source = FileSource(_opener(root_fd, leaf)(), shown(absolute), os.fsencode(absolute))
             try:
                 if source.identity != leaf.identity:
-                    raise FileChanged(f"{source.label}: changed before it was read; nothing of it was stored")
+                    raise FileChanged(f"{source.label}: changed before it was read; nothing of it was stored").about(
+                        (source.label, "changed before it was read")
+                    )
                 if in_place:
                     make_way(core, os.fsencode(absolute), leaf.identity)
                 staged = ingest.add(
