@@ -14,7 +14,6 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from fastcas.errors import FastCASError, ManifestNotFound, NetworkError, UsageError
-from fastcas.fetch.choosing import Choice
 from fastcas.fetch.download import DownloadResult, LocalChunks, Progress, download
 from fastcas.fetch.downloader import P2PChunkDownloader
 from fastcas.fetch.manifests import find_manifest
@@ -192,6 +191,11 @@ class P2PClient:
             include, exclude: Patterns for the files of a collection, as in `fastcas.fetch.choosing`; without: all.
         """
         link = parse_member(ref) if isinstance(ref, str) else ref
+        choice = None
+        if include or exclude:
+            from fastcas.fetch.choosing import Choice
+
+            choice = Choice(include, exclude)
         target = Path(out) if out is not None else None
         async with self._joined_through(link):
             return await download(
@@ -209,7 +213,7 @@ class P2PClient:
                 folder=self.download_dir,
                 origins=origins,
                 pace=Pace(parse_rate(str(max_download), "max_download")) if max_download is not None else None,
-                choice=Choice(include, exclude) if include or exclude else None,
+                choice=choice,
             )
 
     async def shutdown(self) -> None:
