@@ -98,11 +98,12 @@ def check_choice(link: Link, include: Sequence[str], exclude: Sequence[str], *, 
     Raises:
         UsageError: The message names the option.
     """
-    from fastcas.fetch.choosing import Choice
+    if include or exclude:
+        from fastcas.fetch.choosing import Choice
 
-    Choice(include, exclude)
-    if (include or exclude) and (raw or link.path is not None):
-        raise UsageError(f"--include, --exclude: cannot be used with {'--raw' if raw else 'REF/path'}")
+        Choice(include, exclude)
+        if raw or link.path is not None:
+            raise UsageError(f"--include, --exclude: cannot be used with {'--raw' if raw else 'REF/path'}")
     if raw and link.path is not None:
         raise UsageError("--raw: cannot be used with REF/path")
     return {"include": list(include), "exclude": list(exclude)}

@@ -239,13 +239,17 @@ async def _peers(args: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgress | None) -> dict[str, Any]:
-    from fastcas.fetch.choosing import choice_of
     from fastcas.fetch.download import download
     from fastcas.fetch.origin import parse_origin
     from fastcas.fetch.pacing import Pace
     from fastcas.node.download_report import ProgressRelay, result_to_map
 
-    link, choice = parse_member(str(args["ref"])), choice_of(args)
+    link = parse_member(str(args["ref"]))
+    choice = None
+    if args.get("include") or args.get("exclude"):
+        from fastcas.fetch.choosing import choice_of
+
+        choice = choice_of(args)
     peers = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
     timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
     stall_s = float(args.get("stall_timeout_s", STALL_TIMEOUT_S))

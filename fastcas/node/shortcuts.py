@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from fastcas.config import default_storage, storage_root
 from fastcas.errors import NotFound, PermissionDenied, UsageError
-from fastcas.fetch.choosing import choice_of
 from fastcas.fetch.origin import parse_origin
 from fastcas.ids import PeerAddr, parse_chunk_size, parse_member, parse_parity, parse_peer, parse_rate
 from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
@@ -133,7 +132,10 @@ def get(
         "include": list(include), "exclude": list(exclude),
     }  # fmt: skip
 
-    choice_of(args)
+    if include or exclude:
+        from fastcas.fetch.choosing import choice_of
+
+        choice_of(args)
 
     def work() -> Path:
         access = open_access(storage_root(storage_dir or default_storage()), optional=True)
