@@ -16,6 +16,7 @@ carried over to the next buffer.
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from array import array
@@ -127,11 +128,16 @@ class Layout:
         return cls(unit, step, n_steps, min(n_steps, SLOTS), data_size, m * unit)
 
 
+def _pages(size: int) -> mmap.mmap | bytearray:
+    """Return zeroed memory that begins with a page, so that it can be written past the page cache."""
+    return mmap.mmap(-1, size) if size else bytearray()
+
+
 class _Slot:
     """One buffer, the parity of its stripes, and the work that still reads from them."""
 
     def __init__(self, layout: Layout) -> None:
-        self.room = memoryview(bytearray(layout.headroom + layout.data_size))
+        self.room = memoryview(_pages(layout.headroom + layout.data_size))
         self.view = self.room[layout.headroom :]
         self.parity = memoryview(bytearray(layout.parity_size))
         self.pending: Future[Any] | None = None
@@ -208,7 +214,7 @@ class Ingest:
 
     def __init__(self, core: Core, budget: int | None = None) -> None:
         self._core = core
-        self._blob = BlobWriter(core.folder, core.catalog.catalog_id, budget)
+        self._blob = BlobWriter(core.folder, core.catalog.catalog_id, budget, sends_soon=core.listener is not None)
         self._has_owned = bool(core.catalog.value("SELECT EXISTS(SELECT 1 FROM blobs WHERE kind=0)"))
 
     def __enter__(self) -> Ingest:

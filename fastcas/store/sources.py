@@ -19,7 +19,9 @@ from fastcas.store.core import identity_of
 from fastcas.store.paths import os_errors, shown, translate
 from fastcas.store.types import Identity
 
-__all__ = ["BytesSource", "ChainSource", "FileSource", "Part", "Source", "open_user_file", "require_regular"]
+__all__ = [
+    "BytesSource", "ChainSource", "FileSource", "Part", "Source", "irregular", "open_user_file", "require_regular",
+]  # fmt: skip
 
 
 class Source(Protocol):
@@ -55,8 +57,12 @@ def require_regular(info: os.stat_result, label: str) -> None:
         stat.S_IFLNK: "a symbolic link",
     }
     if not stat.S_ISREG(info.st_mode):
-        what = kinds.get(stat.S_IFMT(info.st_mode), "no file")
-        raise UsageError(f"{label}: {what}, expected a regular file").about((label, f"is {what}"))
+        raise irregular(label, kinds.get(stat.S_IFMT(info.st_mode), "no file"))
+
+
+def irregular(label: str, what: str) -> UsageError:
+    """Return the error for `what` in place of a regular file."""
+    return UsageError(f"{label}: {what}, expected a regular file").about((label, f"is {what}"))
 
 
 def open_user_file(path: str | os.PathLike[str] | bytes, dir_fd: int | None = None, *, follow: bool = True) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fastcas.errors import CollectionCorrupt, FileChanged, PermissionDenied, UsageError
@@ -31,9 +31,10 @@ from fastcas.store.collection import (
 from fastcas.store.core import Core, identity_of
 from fastcas.store.ingest import Entry, Ingest, stored_file
 from fastcas.store.linked import make_way
+from fastcas.store.packs import PackPart, PackSource
 from fastcas.store.paths import os_errors, shown, translate
 from fastcas.store.quota import Quota, ingest_bound
-from fastcas.store.sources import BytesSource, ChainSource, FileSource, Part, open_user_file
+from fastcas.store.sources import BytesSource, FileSource, open_user_file
 from fastcas.store.types import Identity, Progress, StoredFile
 
 __all__ = ["store_tree"]
@@ -97,12 +98,9 @@ def _scan(dir_fd: int, prefix: str, depth: int, out: _Scan, posix_names: bool) -
             out.refuse(path, what if not stat.S_ISDIR(info.st_mode) else f"is deeper than {DEPTH_MAX}")
 
 
-def _opener(root_fd: int, leaf: _Leaf) -> Callable[[], int]:
-    def open_it() -> int:
-        with beneath(root_fd, leaf.path) as (fd, name):
-            return open_user_file(name, fd, follow=False)
-
-    return open_it
+def _open(root_fd: int, path: str) -> int:
+    with beneath(root_fd, path) as (fd, name):
+        return open_user_file(name, fd, follow=False)
 
 
 def _packs(leaves: list[_Leaf]) -> Iterator[list[_Leaf]]:
@@ -197,15 +195,12 @@ def _ingest(
     bound += ingest_bound(described, chunk_size, parity, chunking=chunking)
     with quota.admit(bound, title) as budget, Ingest(core, budget) as ingest:
         for pack in _packs(small):
-            parts = [
-                Part(shown(os.path.join(root, leaf.path)), leaf.identity.size, _opener(root_fd, leaf), leaf.identity)
-                for leaf in pack
-            ]
-            chain = ChainSource(parts, shown(root))
+            parts = [PackPart(leaf.path, leaf.identity.size, leaf.identity) for leaf in pack]
+            together = PackSource(root_fd, root, parts)
             try:
-                staged = ingest.add(chain, chunk_size=chunk_size, chunking=chunking, parity=parity, progress=step)
+                staged = ingest.add(together, chunk_size=chunk_size, chunking=chunking, parity=parity, progress=step)
             finally:
-                chain.close()
+                together.close()
             offset = 0
             for leaf, part in zip(pack, parts, strict=True):
                 smalls.append(SmallEntry(leaf.path, leaf.executable, part.size, part.digest, len(packs), offset))
@@ -216,7 +211,7 @@ def _ingest(
             done += manifest.size
         for leaf in large:
             absolute = os.path.join(root, leaf.path)
-            source = FileSource(_opener(root_fd, leaf)(), shown(absolute), os.fsencode(absolute))
+            source = FileSource(_open(root_fd, leaf.path), shown(absolute), os.fsencode(absolute))
             try:
                 if source.identity != leaf.identity:
                     raise FileChanged(f"{source.label}: changed before it was read; nothing of it was stored").about(
