@@ -47,7 +47,7 @@ from fastcas.store.core import Core, News, manifest_name
 from fastcas.store.sources import Source
 from fastcas.store.types import Identity, Progress, StoredFile
 
-__all__ = ["Entry", "Ingest", "Staged", "stored_file"]
+__all__ = ["BUFFER_B", "Entry", "Hashes", "Ingest", "Staged", "cut_short", "insert_linked", "stored_file"]
 
 BUFFER_B = 4 << 20
 CDC_BUFFER_B = 8 << 20  # eight chunks of 1 MiB are hashed side by side
@@ -175,11 +175,11 @@ class _Parity:
         return keys, shards
 
 
-class _Hashes:
-    """Chunk hashes, midstates and content hash of one file, fed in order."""
+class Hashes:
+    """Chunk hashes, midstates and content hash of one file that is cut into chunks of one size, fed in order."""
 
     def __init__(self, size: int, chunk_size: int) -> None:
-        self._chunk_size = chunk_size
+        self._size, self._chunk_size = size, chunk_size
         self._left = -(-size // chunk_size)
         self._chain = SHA256_IV
         self.done = 0
@@ -203,6 +203,19 @@ class _Hashes:
             self.file_hash = Sha256(self._chain, self.done).update(chunk).digest() if self.done else keys[0]
         self.chunks += b"".join(keys)
         return keys
+
+    def manifest(self, k: int = 0, m: int = 0, parity: bytes = b"") -> Manifest:
+        """Return the manifest, once everything was fed."""
+        return Manifest(
+            self.file_hash, self._size, self._chunk_size, bytes(self.chunks), bytes(self.midstates), k, m, parity
+        )
+
+
+def cut_short(source: Source, got: int, size: int) -> FileChanged:
+    """Return the error for a file that ended before its size."""
+    return FileChanged(f"{source.label}: ended after {got} B of {size} B; nothing of it was stored").about(
+        (source.label, "changed while it was read")
+    )
 
 
 class Ingest:
@@ -258,7 +271,7 @@ class Ingest:
         k, m = parity or (0, 0)
         if parity is not None:
             check_parity(size, unit, k, m)
-        hashes = _Hashes(size, unit)
+        hashes = Hashes(size, unit)
         code = _Parity(k, m) if parity else None
         written_before = self._blob.size
         for data, encoding, slot, writer in self._buffers(source, Layout.of(size, unit, k, m), code, progress):
@@ -271,10 +284,7 @@ class Ingest:
                 length = sum(len(run) for run in runs)
                 offset = self._blob.size - length
                 slot.pending = writer.submit(self._blob.write, runs, offset, size - hashes.done)
-        manifest = Manifest(
-            hashes.file_hash, size, unit, bytes(hashes.chunks), bytes(hashes.midstates), k, m,
-            bytes(code.hashes) if code else b"",
-        )  # fmt: skip
+        manifest = hashes.manifest(k, m, bytes(code.hashes) if code else b"")
         return self._staged(source, manifest, written_before, in_place)
 
     def _add_by_content(self, source: Source, cuts: ContentCuts, in_place: bool, progress: Progress | None) -> Staged:
@@ -318,9 +328,7 @@ class Ingest:
                 got = ahead.result()
                 if got != want:
                     source.finish()
-                    raise FileChanged(
-                        f"{source.label}: ended after {i * step + got} B of {size} B; nothing of it was stored"
-                    ).about((source.label, "changed while it was read"))
+                    raise cut_short(source, i * step + got, size)
                 encoding = encoder.submit(code.encode, slot, want, unit) if code is not None else None
                 if i + 1 < n_steps:
                     following = slots[(i + 1) % SLOTS]
@@ -363,8 +371,7 @@ class Ingest:
             blob_name = self._blob.publish()
             if blob_name is not None:
                 made.append(blob_name)
-            for manifest in fresh.values():
-                made.append(core.write_manifest(manifest))
+            made += core.write_manifests(fresh.values())
             with catalog.transaction():
                 news = self._insert(entries, blob_name, now, set(fresh))
         except BaseException:
