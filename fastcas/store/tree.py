@@ -246,6 +246,7 @@ def _ingest(
         new_bytes = staged.new_bytes + sum(entry.staged.new_bytes for entry in entries)
         ingest.publish([*entries, top])
     staged.new_bytes = new_bytes
+    staged.cloned_bytes += sum(entry.staged.cloned_bytes for entry in entries)
     top.already_stored = top.already_stored and new_bytes == 0
     return stored_file(top, total)
 
