@@ -11,7 +11,7 @@ C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
 .PHONY: demo test fuzz kill-workers heal bench bench-kernels lint build tools bench-tools clean parity-patterns
 .PHONY: evil-peers kill-points store-kill-points power-cuts dht-hostile dht-real dht-attacks dht-churn bench-dht
-.PHONY: bench-swarm swarm-sim bench-dedup
+.PHONY: bench-swarm swarm-sim bench-dedup bench-ingest
 
 build: $(STAMP)
 
@@ -102,6 +102,10 @@ bench: bench-tools
 # Bytes that a new version takes: fastcas, casync, rsync on two releases of a wheel from the package index
 bench-dedup: bench-tools
 	$(PY) -m bench.dedup
+
+# Storing beside openssl and cp, a folder of small files, start-up with a million chunks; about three minutes
+bench-ingest: bench-tools
+	$(PY) -m bench.ingest
 
 # Every target of discovery in one table, about four minutes; the long campaigns are dht-hostile, dht-churn, dht-attacks
 bench-dht: build
