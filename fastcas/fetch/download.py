@@ -224,12 +224,16 @@ async def download(
     """
     from fastcas.fetch.filefetch import FileFetch
     from fastcas.fetch.receiver import AsyncReceiver
-    from fastcas.fetch.seeds import SeedFiles
 
+    seeds = None
+    if seed_from:
+        from fastcas.fetch.seeds import SeedFiles
+
+        seeds = SeedFiles(seed_from)
     settings = Settings(
         discovery, tuple(peers), local, node_id, data_port, timeout_s, stall_timeout_s, hooks, progress,
         trust_resume, force, raw, folder, callers, [parse_origin(url, "origin") for url in origins], pace, known,
-        reserve, SeedFiles(seed_from) if seed_from else None, choice, choice is not None,
+        reserve, seeds, choice, choice is not None,
     )  # fmt: skip
 
     receiver = AsyncReceiver()
