@@ -139,6 +139,7 @@ class Settings:
     known: Sequence[Manifest] = ()
     reserve: Callable[[Manifest, Collection | None], Awaitable[None]] | None = None
     seeds: SeedFiles | None = None
+    is_busy: Callable[[], bool] | None = None
 
     def origins_of_file(self) -> list[str]:
         """Return the origins that name a file; the others name a collection's folder."""
@@ -172,6 +173,7 @@ async def download(
     known: Sequence[Manifest] = (),
     reserve: Callable[[Manifest, Collection | None], Awaitable[None]] | None = None,
     seed_from: Sequence[Path] = (),
+    is_busy: Callable[[], bool] | None = None,
 ) -> DownloadResult:
     """Fetch a file from everybody who has it, prove it, and put it at its place.
 
@@ -196,6 +198,7 @@ async def download(
         reserve: Awaited before the bytes of a file, or (then with it) the files of a collection are fetched; what it
             raises ends the download.
         seed_from: Files and folders in which chunks may lie; peers are asked for the rest once they were looked at.
+        is_busy: Whether others wait for our own uplink: seeds are not asked for what is new meanwhile.
     Returns:
         The result; for a collection, of the folder.
     Raises:
@@ -214,7 +217,7 @@ async def download(
     settings = Settings(
         discovery, tuple(peers), local, node_id, data_port, timeout_s, stall_timeout_s, hooks, progress,
         trust_resume, force, raw, folder, callers, [parse_origin(url, "origin") for url in origins], pace, known,
-        reserve, SeedFiles(seed_from) if seed_from else None,
+        reserve, SeedFiles(seed_from) if seed_from else None, is_busy,
     )  # fmt: skip
 
     receiver = AsyncReceiver()

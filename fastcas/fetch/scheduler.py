@@ -15,6 +15,7 @@ Rules (numbers of the distribution strategy in docs/P2P_ARCHITECTURE.md):
   leechers, 2 with some, 4 with none; all peers together stay below the memory cap;
 * rarest first, ties at random; with nobody but seeds, runs of consecutive chunks (kind to disks on both sides);
 * busy: 50 ms of rest; failures: 0.5 s doubled up to 30 s, and a minute after three in a row while others are there;
+* busy ourselves (`is_busy`): no NEXT while anything else is in flight; what is new must not wait for us to pass it on;
 * NEXT: while other leechers exist, a seed is asked to choose (rules 4-12) until it has nothing new. One that does not
   answer for two seconds does not count, and the others may be asked by name meanwhile.
 """
@@ -135,6 +136,7 @@ class Scheduler:
     ) -> None:
         """Start with nobody to ask.
 
+        `is_busy`, if set, says whether others wait for our own uplink, as "busy" is answered by it (rule 9).
         `stand_in`, if set, is called with a late chunk and what a peer has; it returns a chunk to ask that peer for
         instead, one that nobody was asked for, or None.
 
@@ -158,8 +160,10 @@ class Scheduler:
         self.n_in_flight = 0
         self.n_leechers = 0
         self.stand_in: Callable[[int, int], int | None] | None = None
+        self.is_busy: Callable[[], bool] | None = None
         self._stood_in: dict[int, float] = {}  # late chunk -> until when its stand-in is waited for
         self._others_until = others_until
+        self._held_back_until = -math.inf  # NEXT is to be thought of again then
         self._rng = rng
         self._holders: dict[int, int] = {}  # chunk -> requests in flight
         self._levels: list[int] = [self.full]  # _levels[c] = chunks that exactly c partial peers have
@@ -388,6 +392,8 @@ class Scheduler:
         ]
         if self.n_in_flight and len(self.peers) > 1:
             times.append(now + HEDGE_MIN_S)
+        if self._held_back_until > now:
+            times.append(self._held_back_until)
         if self.n_leechers and self.free:
             times.append(now + NEXT_AGAIN_S)
         elif now < self._others_until:
@@ -474,6 +480,9 @@ class Scheduler:
         least = math.ceil(4 / (self.n_leechers + 1)) + 1
         most = {id(peer): max(2, peer.depth) for peer in seeds}
         want = max(least, *most.values()) - sum(peer.n_next for peer in seeds if not self._is_silent(peer, now))
+        if want > 0 and self.n_in_flight and self.is_busy is not None and self.is_busy():
+            self._held_back_until = now + BUSY_S
+            return
         while want > 0:
             able = [
                 peer
