@@ -42,6 +42,8 @@ HEDGE_MIN_S = 0.5  # below, jitter of a healthy peer would look late
 TURNAROUND_S = 0.003  # our own part of a round trip: completion queue, loop, decision
 RATE_WINDOW_S = 0.1
 WINDOW_MAX = 512
+CROWD = 8  # so many other leechers are asked for one chunk at a time each
+CROWD_IN_FLIGHT = 32  # and for so many together: more would only be refused, unless rates and round trips ask for it
 NEXT_AGAIN_S = 0.5
 NEXT_BY_NAME_S = 1.0
 NEXT_SILENT_S = 2.0  # so long a seed may take to choose before it does not count
@@ -364,7 +366,10 @@ class Scheduler:
                     open_peers.append(at)
             elif not peer.in_flight and (not peer.n_next or self._is_silent(peer, now)):
                 idle.append(peer)
-        while open_peers and self.n_in_flight < self.max_in_flight:
+        most = self.max_in_flight
+        if self.n_leechers >= CROWD:
+            most = min(most, max(CROWD_IN_FLIGHT, sum(peer.depth for peer in ready)))
+        while open_peers and self.n_in_flight < most:
             at = int(self._rng.random() * len(open_peers))
             number = open_peers[at]
             peer = ready[number]
@@ -420,7 +425,7 @@ class Scheduler:
     # --- inside ---
 
     def _floor(self) -> int:
-        if self.n_leechers >= 8:
+        if self.n_leechers >= CROWD:
             return 1
         return 2 if self.n_leechers else 4
 
@@ -532,6 +537,8 @@ class Scheduler:
         for peer in busy:
             rate = peer.rate_Bps or typical
             expected = peer.rtt_s + len(peer.in_flight) * self.chunk_size / rate if rate else HEDGE_MIN_S
+            if rate < typical:  # what it is slow with need not be waited for
+                expected = min(expected, peer.rtt_s + self.chunk_size / typical)
             limit = max(HEDGE_MIN_S, HEDGE_FACTOR * expected)
             for index, since in peer.in_flight.items():
                 by = now - since - limit
