@@ -92,6 +92,7 @@ class Filling:
             manifest.n_total, mean, wanted=missing & ~self._held_back, rng=random.Random(), others_until=others_until
         )
         self._scheduler.allowed = chain.allowed()
+        self._scheduler.is_busy = settings.is_busy
         self._meter = meter
         self._pace = settings.pace
         urls = settings.origins_of_file()
