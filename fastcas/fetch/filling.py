@@ -78,7 +78,7 @@ class Filling:
             manifest, part.fd, part.parity_fd, direct_fd=part.direct_fd, check_links=chain.is_checked,
             links_alone=not serves,
         )  # fmt: skip
-        self._data = (1 << manifest.n_chunks) - 1
+        self._data = chain.wanted
         missing = self._data & ~to_set(part.candidates, manifest.n_chunks)
         self._held_back = missing if settings.seeds is not None else 0  # chunk set: peers are asked after seed files
         is_new = missing == self._data
@@ -88,6 +88,7 @@ class Filling:
             manifest.n_total, mean, wanted=missing & ~self._held_back, rng=random.Random(), others_until=others_until
         )
         self._scheduler.allowed = chain.allowed()
+        self._scheduler.is_busy = settings.is_busy
         self._meter = meter
         self._pace = settings.pace
         urls = settings.origins_of_file()
@@ -147,6 +148,8 @@ class Filling:
 
     def _on_have(self, remote: Remote) -> None:
         self._scheduler.add_peer(remote.addr)
+        if not self.chain.takes_any:
+            self._scheduler.peers[remote.addr].gives_next = False
         self._scheduler.set_have(remote.addr, remote.have, is_seed=remote.is_seed)
         if remote.came_back:
             remote.came_back = False

@@ -82,7 +82,9 @@ def check_manifest(data: bytes, manifest_hash: bytes, file_hash: bytes) -> Manif
 class Chain:
     """The links of one file: which were checked, and what may be fetched because of that."""
 
-    def __init__(self, manifest: Manifest, *, trusted: bool, is_checked: bool = True) -> None:
+    def __init__(
+        self, manifest: Manifest, *, trusted: bool, is_checked: bool = True, wanted: int | None = None
+    ) -> None:
         """Start with no link checked.
 
         Args:
@@ -90,9 +92,12 @@ class Chain:
                 fetched at once. Otherwise only a window at the end, which doubles as the proven suffix grows.
             is_checked: Links are checked at all; if not, chunks count by their own hashes, and the content is never
                 proven to be the file's. Only for a manifest that a link names.
+            wanted: Chunk set, data chunks only, where no more of the file is to be fetched. Likewise.
         """
         self.is_checked = is_checked
         n = manifest.n_chunks
+        self.wanted = (1 << n) - 1 if wanted is None else wanted
+        self.takes_any = wanted is None  # a peer may choose which chunk it gives
         self._n = n
         self._has_links = not manifest.is_cdc or n == 1
         self._trusted = trusted or not self._has_links

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastcas.config import read_network_key
 from fastcas.errors import FastCASError, NetworkError, NodeUnavailable, NoPeers, StoreLocked, StoreNotFound
-from fastcas.ids import Link, PeerAddr, parse_peer, parse_ref, short
+from fastcas.ids import Link, PeerAddr, parse_member, parse_peer, parse_ref, short
 from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
 
 if TYPE_CHECKING:
@@ -244,7 +244,12 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     from fastcas.fetch.pacing import Pace
     from fastcas.node.download_report import ProgressRelay, result_to_map
 
-    link = parse_ref(str(args["ref"]))
+    link = parse_member(str(args["ref"]))
+    choice = None
+    if args.get("include") or args.get("exclude"):
+        from fastcas.fetch.choosing import choice_of
+
+        choice = choice_of(args)
     peers = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
     timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
     stall_s = float(args.get("stall_timeout_s", STALL_TIMEOUT_S))
@@ -260,7 +265,7 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     if store is not None:
         from fastcas.node.export import export
 
-        here = export(store, link, out, folder, raw=raw, force=force, progress=relay.bytes)
+        here = export(store, link, out, folder, raw=raw, force=force, choice=choice, progress=relay.bytes)
         if here is not None:
             return here
     origins = [parse_origin(str(url)) for url in args.get("origins", [])]
@@ -273,14 +278,17 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
         from fastcas.node.reservation import Reservation
 
         hooks, reservation = _Finished(), Reservation(store, _here)
-    async with dht_client(args, link, is_needed=not peers and not link.peers) as dht:
-        result = await download(
-            link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s,
-            stall_timeout_s=stall_s, hooks=hooks, progress=relay, raw=raw, force=force, origins=origins,
-            pace=Pace(rate) if rate else None, known=known, reserve=reservation, seed_from=seeds,
-        )  # fmt: skip
-    if reservation is not None:
-        await reservation.release()
+    try:
+        async with dht_client(args, link, is_needed=not peers and not link.peers) as dht:
+            result = await download(
+                link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s,
+                stall_timeout_s=stall_s, hooks=hooks, progress=relay, raw=raw, force=force, origins=origins,
+                pace=Pace(rate) if rate else None, known=known, reserve=reservation, seed_from=seeds,
+                choice=choice,
+            )  # fmt: skip
+    finally:
+        if reservation is not None:
+            await reservation.release()
     if store is not None and hooks is not None:
         for path, manifest, is_proven in hooks.files:
             if is_proven:
@@ -320,6 +328,13 @@ class _Finished:
     def on_tree(self, tree: FetchedTree) -> None:
         """Remember it."""
         self.trees.append(tree)
+
+    def member(self) -> _Finished:
+        """Files of a collection are remembered with it."""
+        return self
+
+    def end(self) -> None:
+        """Nothing is served while it runs."""
 
 
 def _remember(store: Store, path: Path, manifest: Any) -> None:
