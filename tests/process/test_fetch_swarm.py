@@ -138,7 +138,7 @@ def test_news_of_a_chunk_reaches_who_waits_for_it(tmp_path: Path) -> None:
         log.close()
     delays.sort()
     median_ms, longest_ms, chunk_ms = 1e3 * statistics.median(delays), 1e3 * delays[-1], CHUNK * 8 / 100e3
-    print(f"\nnews of a chunk, ms: median {median_ms:.1f}, longest {longest_ms:.1f}; 256 KiB at 100 Mbit/s: {chunk_ms:.0f}")
+    print(f"\nnews of a chunk: median {median_ms:.1f} ms, longest {longest_ms:.1f} ms; at 100 Mbit/s {chunk_ms:.0f}")
 
 
 class Coming(Peer):
