@@ -10,7 +10,7 @@ __all__ = ["HEDGE_MIN_S", "RATE_WINDOW_S", "PeerState", "late_chunks"]
 
 HEDGE_FACTOR = 3.0
 HEDGE_MIN_S = 0.5  # below, jitter of a healthy peer would look late
-TURNAROUND_S = 0.003  # our own part of a round trip: completion queue, loop, decision
+TURNAROUND_S = 0.008  # our own part of a round trip: waiting to be checked with others, the write, the decision
 RATE_WINDOW_S = 0.1
 WINDOW_MAX = 512
 

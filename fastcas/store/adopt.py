@@ -8,7 +8,7 @@ so what is served is what was fetched, or nothing is.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from operator import attrgetter
 
 from fastcas.errors import FileChanged, UsageError
@@ -22,9 +22,10 @@ from fastcas.store.core import Core
 from fastcas.store.ingest import Entry, Ingest, Staged, stored_file
 from fastcas.store.linked import make_way
 from fastcas.store.maintain import forget_growing
+from fastcas.store.packs import PackPart, PackSource
 from fastcas.store.paths import shown, translate
 from fastcas.store.quota import Quota, ingest_bound
-from fastcas.store.sources import BytesSource, ChainSource, FileSource, Part, Source, require_regular
+from fastcas.store.sources import BytesSource, FileSource, Source, require_regular
 from fastcas.store.types import Identity, Progress, StoredFile
 
 __all__ = ["register_tree", "tree_bound"]
@@ -94,11 +95,11 @@ class _Adoption:
             entries = []
             for number, pack in enumerate(collection.packs):
                 parts = self._parts(number, small[number], pack.size)
-                chain = ChainSource(parts, shown(self._root))
+                source = PackSource(self._root_fd, self._root, parts)
                 try:
-                    staged = self._read(ingest, chain, self._members.get(pack.manifest_hash), pack.manifest_hash)
+                    staged = self._read(ingest, source, self._members.get(pack.manifest_hash), pack.manifest_hash)
                 finally:
-                    chain.close()
+                    source.close()
                 entries.append(Entry(staged, None))
             entries += [
                 Entry(self._large(ingest, entry, identities.get(entry.path)), None) for entry in collection.files
@@ -119,33 +120,27 @@ class _Adoption:
         forget_growing(self._core, grown)
         return stored_file(top, collection.size)
 
-    def _label(self, path: str) -> str:
-        return shown(os.path.join(self._root, path))
-
-    def _opener(self, path: str) -> Callable[[], int]:
-        def open_it() -> int:
-            fd = open_beneath(self._root_fd, path, os.O_RDONLY)
-            try:
-                require_regular(os.fstat(fd), self._label(path))
-            except BaseException:
-                os.close(fd)
-                raise
-            return fd
-
-        return open_it
+    def _open(self, path: str) -> int:
+        fd = open_beneath(self._root_fd, path, os.O_RDONLY)
+        try:
+            require_regular(os.fstat(fd), shown(os.path.join(self._root, path)))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def _step(self, of_file: int) -> None:
         if self._progress is not None:
             self._progress(min(self._done + of_file, self._total), self._total)
 
-    def _parts(self, number: int, small: list[SmallEntry], size: int) -> list[Part]:
+    def _parts(self, number: int, small: list[SmallEntry], size: int) -> list[PackPart]:
         """The files of one pack, back to back. Raises UsageError where they are not the whole of it."""
         parts = []
         at = 0
         for entry in sorted(small, key=attrgetter("offset")):
             if entry.offset != at:
                 break
-            parts.append(Part(self._label(entry.path), entry.size, self._opener(entry.path), expected=entry.sha256))
+            parts.append(PackPart(entry.path, entry.size, expected=entry.sha256))
             at += entry.size
         if at != size or len(parts) != len(small):
             raise UsageError(f"{shown(self._root)}: pack {number} is not just its files, one by one; it is not seeded")
@@ -178,7 +173,7 @@ class _Adoption:
     def _large(self, ingest: Ingest, entry: FileEntry, proven: Identity | None) -> Staged:
         """A file with a manifest of its own, in place; read again unless it is as it was when it was proven."""
         absolute = os.path.join(self._root, entry.path)
-        source = FileSource(self._opener(entry.path)(), shown(absolute), os.fsencode(absolute))
+        source = FileSource(self._open(entry.path), shown(absolute), os.fsencode(absolute))
         try:
             identity = source.identity
             assert identity is not None

@@ -25,7 +25,8 @@ from collections.abc import Sequence
 import xxhash
 
 from fastcas.errors import CatalogCorrupt, StoreError, StoreFull
-from fastcas.store.paths import BLOB_DIR, Folder, os_errors, shown, write_all
+from fastcas.store.clone import block_of, clone_prefix
+from fastcas.store.paths import BLOB_DIR, Folder, os_errors, punch_hole, shown, write_all
 
 __all__ = [
     "BlobWriter", "check_index", "decode_index", "encode_index", "index_start", "open_for_change", "rewrite_index",
@@ -38,6 +39,9 @@ _TRAILER_BODY = TRAILER.size - 8
 IOV_MAX = 1024
 RESERVE_B = 64 << 20  # preallocated ahead of the writes, so that a full disk is met before bytes are copied
 FLUSH_B = 16 << 20  # flushed in the writer's thread while the next bytes are hashed: the last fsync finds little left
+DIRECT_B = 32 << 20  # from so many bytes still to come on, the page cache is not filled with what nobody asks for yet
+BLOCK_B = 4096
+CLOSED, REFUSED = -1, -2
 INDEX_READ_MAX = 1 << 30  # bytes of index that we are willing to read
 
 
@@ -111,16 +115,21 @@ class BlobWriter:
         folder: The storage folder.
         catalog_id: 16 bytes for the trailer.
         budget: Bytes that it may take on disk, None: any number.
+        sends_soon: A node serves the chunks at once: they go through the page cache, however many they are.
     """
 
-    def __init__(self, folder: Folder, catalog_id: bytes, budget: int | None = None) -> None:
+    def __init__(
+        self, folder: Folder, catalog_id: bytes, budget: int | None = None, *, sends_soon: bool = True
+    ) -> None:
         self._budget = budget
+        self._sends_soon = sends_soon
+        self._direct = CLOSED
         self._folder = folder
         self._catalog_id = catalog_id
         self._fd = -1
         self._temp = ""
         self._reserved = 0
-        self._flushed = 0
+        self._unflushed = 0
         self._is_broken = False
         self.size = 0
         self.keys = bytearray()
@@ -128,17 +137,53 @@ class BlobWriter:
         self.lengths: array[int] = array("I")
         self.places: dict[bytes, int] = {}
 
+    def allow(self, more: int | None) -> None:
+        """Set how many bytes may follow, index included; None: any number."""
+        self._budget = None if more is None else self.size + more
+
     def reserve(self, key: bytes, length: int) -> int:
         """Give a new chunk its offset; the caller writes its bytes there before `publish`."""
         if self._fd < 0:
             self._fd, self._temp = self._folder.create_temp(BLOB_DIR)
         offset = self.size
+        self.place(key, offset, length)
+        self.size += length
+        return offset
+
+    def clone(self, source: int, size: int) -> int | None:
+        """Append a whole file by sharing its blocks; nothing of it is a chunk before `place` says so.
+
+        Returns:
+            Where it begins, None where that cannot be: then nothing happened.
+        """
+        if self._fd < 0:
+            self._fd, self._temp = self._folder.create_temp(BLOB_DIR)
+        block = block_of(self._fd)
+        offset = -(-self.size // block) * block
+        end = offset + size + ENTRY.size * len(self.offsets) + TRAILER.size
+        if self._budget is not None and end > self._budget:
+            return None
+        if clone_prefix(source, 0, size, self._fd, offset) != size:
+            return None
+        self.size = offset + size
+        self._reserved = max(self._reserved, self.size)
+        return offset
+
+    def place(self, key: bytes, offset: int, length: int) -> None:
+        """Say that a new chunk lies in what was cloned; in the order of the offsets."""
         self.places[key] = len(self.offsets)
         self.keys += key
         self.offsets.append(offset)
         self.lengths.append(length)
-        self.size += length
-        return offset
+
+    def read_fd(self) -> int:
+        """Return the descriptor of what is there so far, for reading; valid until `publish`."""
+        return self._fd
+
+    def punch(self, offset: int, length: int) -> None:
+        """Give back what was cloned and is no new chunk, where the file system can."""
+        with os_errors(self._folder.path(self._temp), "punching a hole"):
+            punch_hole(self._fd, offset, length)
 
     def write(self, views: Sequence[memoryview], offset: int, expected: int) -> None:
         """Write views back to back at `offset`. `expected`: bytes that may follow in all, for preallocation."""
@@ -150,19 +195,50 @@ class BlobWriter:
             with os_errors(self._folder.path(self._temp), "writing chunks"):
                 length = sum(len(view) for view in views)
                 self._preallocate(offset + length, expected)
+                done = self._write_direct(views, offset, expected)
+                views, offset = views[done:], offset + sum(len(view) for view in views[:done])
                 for at in range(0, len(views), IOV_MAX):
                     part = views[at : at + IOV_MAX]
                     total = sum(len(view) for view in part)
-                    done = os.pwritev(self._fd, part, offset)
-                    if done < total:
-                        write_all(self._fd, b"".join(part)[done:], offset + done)
+                    n = os.pwritev(self._fd, part, offset)
+                    if n < total:
+                        write_all(self._fd, b"".join(part)[n:], offset + n)
                     offset += total
-                if offset - self._flushed >= FLUSH_B:
+                    self._unflushed += total
+                if self._unflushed >= FLUSH_B:
                     os.fdatasync(self._fd)
-                    self._flushed = offset
+                    self._unflushed = 0
         except StoreError:
             self._is_broken = True
             raise
+
+    def _write_direct(self, views: Sequence[memoryview], offset: int, expected: int) -> int:
+        """Write leading views of whole blocks past the page cache, where that pays and can be; returns how many."""
+        if self._sends_soon or self._direct == REFUSED or offset % BLOCK_B or len(views) > IOV_MAX:
+            return 0
+        if self._direct == CLOSED and expected < DIRECT_B:
+            return 0
+        whole = next((i for i, view in enumerate(views) if len(view) % BLOCK_B), len(views))
+        if not whole:
+            return 0
+        try:
+            if self._direct < 0:
+                self._direct = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+            total = sum(len(view) for view in views[:whole])
+            n = os.pwritev(self._direct, views[:whole], offset)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:  # what a file system says that has no such way, or of memory in odd places
+                raise
+            self._close_direct()
+            return 0
+        if n < total:
+            write_all(self._fd, b"".join(views[:whole])[n:], offset + n)
+        return whole
+
+    def _close_direct(self) -> None:
+        if self._direct >= 0:
+            os.close(self._direct)
+        self._direct = REFUSED
 
     def _preallocate(self, end: int, expected: int) -> None:
         if end <= self._reserved:
@@ -190,7 +266,8 @@ class BlobWriter:
 
         On any error the file is gone.
         """
-        if self._fd < 0:
+        if not self.offsets:
+            self.discard()
             return None
         random_name = secrets.token_hex(16)
         name = f"{BLOB_DIR}/{random_name[:2]}/{random_name}.blob"
@@ -203,12 +280,14 @@ class BlobWriter:
         except BaseException:
             self.discard()
             raise
+        self._close_direct()
         os.close(self._fd)
         self._fd = -1
         return name
 
     def discard(self) -> None:
         """Remove what is there. Idempotent; does nothing after `publish`."""
+        self._close_direct()
         if self._fd >= 0:
             self._folder.discard(self._temp)
             os.close(self._fd)

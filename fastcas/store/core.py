@@ -56,6 +56,7 @@ class Core:
         self.catalog = catalog
         self.listener: StoreListener | None = None
         self.room: Callable[[], int | None] = lambda: None  # bytes that the quota leaves, None: any number
+        self.took: Callable[[int], None] = lambda n: None  # tells the quota of bytes written without `Quota.admit`
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def close(self) -> None:
@@ -167,7 +168,8 @@ class Core:
         if len(data) != row.length or sha256(data) != row.hash:
             raise ManifestCorrupt(
                 f"manifest {short(row.hash)}: {shown(self.folder.path(name))} is damaged "
-                f"({len(data)} B, expected {row.length} B); `verify --repair` may fetch it"
+                f"({len(data)} B, expected {row.length} B); `fastcas verify --repair` may fetch it, "
+                f"`fastcas rm {row.file_hash.hex()}` gives the file up"
             )
         return Manifest.decode(data)
 
@@ -184,6 +186,12 @@ class Core:
         name = manifest_name(manifest.manifest_hash)
         self.folder.write_file(MANIFEST_DIR, name, manifest.data, 0o400)
         return name
+
+    def write_manifests(self, manifests: Iterable[Manifest]) -> list[str]:
+        """Write the bytes of many manifests durably, all or none; returns their names below the root."""
+        files = {manifest_name(manifest.manifest_hash): manifest.data for manifest in manifests}
+        self.folder.write_files(MANIFEST_DIR, files, 0o400)
+        return list(files)
 
     def insert_manifest(self, manifest: Manifest, *, complete: bool, written: bool) -> ManifestRow:
         """Insert the rows of a manifest; inside a transaction.

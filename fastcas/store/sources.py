@@ -19,7 +19,9 @@ from fastcas.store.core import identity_of
 from fastcas.store.paths import os_errors, shown, translate
 from fastcas.store.types import Identity
 
-__all__ = ["BytesSource", "ChainSource", "FileSource", "Part", "Source", "open_user_file", "require_regular"]
+__all__ = [
+    "BytesSource", "ChainSource", "FileSource", "Part", "Source", "irregular", "open_user_file", "require_regular",
+]  # fmt: skip
 
 
 class Source(Protocol):
@@ -55,8 +57,12 @@ def require_regular(info: os.stat_result, label: str) -> None:
         stat.S_IFLNK: "a symbolic link",
     }
     if not stat.S_ISREG(info.st_mode):
-        what = kinds.get(stat.S_IFMT(info.st_mode), "no file")
-        raise UsageError(f"{label}: {what}, expected a regular file").about((label, f"is {what}"))
+        raise irregular(label, kinds.get(stat.S_IFMT(info.st_mode), "no file"))
+
+
+def irregular(label: str, what: str) -> UsageError:
+    """Return the error for `what` in place of a regular file."""
+    return UsageError(f"{label}: {what}, expected a regular file").about((label, f"is {what}"))
 
 
 def open_user_file(path: str | os.PathLike[str] | bytes, dir_fd: int | None = None, *, follow: bool = True) -> int:
@@ -95,15 +101,25 @@ class FileSource:
         self.identity: Identity | None = identity_of(info)
         self.size = info.st_size
         self._offset = 0
+        self._copy, self._base = fd, 0
         with contextlib.suppress(OSError):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the file, for cloning it."""
+        return self._fd
+
+    def read_from(self, fd: int, offset: int) -> None:
+        """Read a copy, which begins at `offset` of an open file, in place of the file. Before the first read only."""
+        self._copy, self._base = fd, offset
 
     def readinto(self, view: memoryview) -> int:
         """Fill `view`; fewer bytes only at the end of the file."""
         done = 0
         with os_errors(self.label, "reading it"):
             while done < len(view):
-                n = os.preadv(self._fd, [view[done:]], self._offset)
+                n = os.preadv(self._copy, [view[done:]], self._base + self._offset)
                 if n == 0:
                     break
                 done += n
