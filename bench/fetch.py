@@ -71,6 +71,7 @@ session.remove_torrent(handle)
 FIRST_CHUNK = r"""
 import asyncio, sys, tempfile, time
 from pathlib import Path
+import fastcas.fetch.filefetch  # start-up: what a running program has loaded
 from fastcas.fetch.download import download
 from fastcas.ids import parse_peer, parse_ref
 

@@ -151,6 +151,7 @@ class Settings:
     choice: Choice | None = None
     is_part_of_tree: bool = False  # what is fetched must be a collection
     wanted: Callable[[Manifest], int] | None = None  # the chunk set that is needed of a file
+    is_busy: Callable[[], bool] | None = None
 
     def origins_of_file(self) -> list[str]:
         """Return the origins that name a file; the others name a collection's folder."""
@@ -185,6 +186,7 @@ async def download(
     reserve: Callable[[Manifest, Collection | None], Awaitable[None]] | None = None,
     seed_from: Sequence[Path] = (),
     choice: Choice | None = None,
+    is_busy: Callable[[], bool] | None = None,
 ) -> DownloadResult:
     """Fetch a file from everybody who has it, prove it, and put it at its place.
 
@@ -210,6 +212,7 @@ async def download(
             raises ends the download.
         seed_from: Files and folders in which chunks may lie; peers are asked for the rest once they were looked at.
         choice: Which files of the collection; None: all.
+        is_busy: Whether others wait for our own uplink: seeds are not asked for what is new meanwhile.
     Returns:
         The result; for a collection, of the folder.
     Raises:
@@ -224,12 +227,16 @@ async def download(
     """
     from fastcas.fetch.filefetch import FileFetch
     from fastcas.fetch.receiver import AsyncReceiver
-    from fastcas.fetch.seeds import SeedFiles
 
+    seeds = None
+    if seed_from:
+        from fastcas.fetch.seeds import SeedFiles
+
+        seeds = SeedFiles(seed_from)
     settings = Settings(
         discovery, tuple(peers), local, node_id, data_port, timeout_s, stall_timeout_s, hooks, progress,
         trust_resume, force, raw, folder, callers, [parse_origin(url, "origin") for url in origins], pace, known,
-        reserve, SeedFiles(seed_from) if seed_from else None, choice, choice is not None,
+        reserve, seeds, choice, choice is not None, is_busy=is_busy,
     )  # fmt: skip
 
     receiver = AsyncReceiver()

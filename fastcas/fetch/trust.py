@@ -15,7 +15,7 @@ from __future__ import annotations
 from enum import Enum
 
 from fastcas.errors import ManifestCorrupt
-from fastcas.fetch.receiver import HAS_LINK, HASH_OK, LINK_OK
+from fastcas.fetch.receiver import HAS_LINK, HASH_OK, LINK_ALONE, LINK_OK
 from fastcas.ids import short
 from fastcas.limits import UNVERIFIED_WINDOW_BYTES, UNVERIFIED_WINDOW_CHUNKS
 from fastcas.metadata import Manifest
@@ -35,9 +35,11 @@ def judge(flags: int, *, is_data: bool) -> Verdict:
     """Return the verdict on a chunk's bytes.
 
     Args:
-        flags: Bits of the check: own hash right, link right, link checked.
+        flags: Bits of the check: own hash right, link right, link checked, link right and own hash not looked at.
         is_data: Parity chunks have no link.
     """
+    if flags & LINK_ALONE:
+        return Verdict.RIGHT
     if not is_data or not flags & HAS_LINK:
         return Verdict.RIGHT if flags & HASH_OK else Verdict.PEER
     match bool(flags & HASH_OK), bool(flags & LINK_OK):

@@ -25,7 +25,8 @@ from collections.abc import Sequence
 import xxhash
 
 from fastcas.errors import CatalogCorrupt, StoreError, StoreFull
-from fastcas.store.paths import BLOB_DIR, Folder, os_errors, shown, write_all
+from fastcas.store.clone import block_of, clone_prefix
+from fastcas.store.paths import BLOB_DIR, Folder, os_errors, punch_hole, shown, write_all
 
 __all__ = [
     "BlobWriter", "check_index", "decode_index", "encode_index", "index_start", "open_for_change", "rewrite_index",
@@ -145,12 +146,44 @@ class BlobWriter:
         if self._fd < 0:
             self._fd, self._temp = self._folder.create_temp(BLOB_DIR)
         offset = self.size
+        self.place(key, offset, length)
+        self.size += length
+        return offset
+
+    def clone(self, source: int, size: int) -> int | None:
+        """Append a whole file by sharing its blocks; nothing of it is a chunk before `place` says so.
+
+        Returns:
+            Where it begins, None where that cannot be: then nothing happened.
+        """
+        if self._fd < 0:
+            self._fd, self._temp = self._folder.create_temp(BLOB_DIR)
+        block = block_of(self._fd)
+        offset = -(-self.size // block) * block
+        end = offset + size + ENTRY.size * len(self.offsets) + TRAILER.size
+        if self._budget is not None and end > self._budget:
+            return None
+        if clone_prefix(source, 0, size, self._fd, offset) != size:
+            return None
+        self.size = offset + size
+        self._reserved = max(self._reserved, self.size)
+        return offset
+
+    def place(self, key: bytes, offset: int, length: int) -> None:
+        """Say that a new chunk lies in what was cloned; in the order of the offsets."""
         self.places[key] = len(self.offsets)
         self.keys += key
         self.offsets.append(offset)
         self.lengths.append(length)
-        self.size += length
-        return offset
+
+    def read_fd(self) -> int:
+        """Return the descriptor of what is there so far, for reading; valid until `publish`."""
+        return self._fd
+
+    def punch(self, offset: int, length: int) -> None:
+        """Give back what was cloned and is no new chunk, where the file system can."""
+        with os_errors(self._folder.path(self._temp), "punching a hole"):
+            punch_hole(self._fd, offset, length)
 
     def write(self, views: Sequence[memoryview], offset: int, expected: int) -> None:
         """Write views back to back at `offset`. `expected`: bytes that may follow in all, for preallocation."""
@@ -233,7 +266,8 @@ class BlobWriter:
 
         On any error the file is gone.
         """
-        if self._fd < 0:
+        if not self.offsets:
+            self.discard()
             return None
         random_name = secrets.token_hex(16)
         name = f"{BLOB_DIR}/{random_name[:2]}/{random_name}.blob"

@@ -187,6 +187,12 @@ class Core:
         self.folder.write_file(MANIFEST_DIR, name, manifest.data, 0o400)
         return name
 
+    def write_manifests(self, manifests: Iterable[Manifest]) -> list[str]:
+        """Write the bytes of many manifests durably, all or none; returns their names below the root."""
+        files = {manifest_name(manifest.manifest_hash): manifest.data for manifest in manifests}
+        self.folder.write_files(MANIFEST_DIR, files, 0o400)
+        return list(files)
+
     def insert_manifest(self, manifest: Manifest, *, complete: bool, written: bool) -> ManifestRow:
         """Insert the rows of a manifest; inside a transaction.
 

@@ -6,7 +6,8 @@ published at once.
 
 Three buffers go round, so reading, hashing, encoding and writing overlap. A chunk that an owned blob holds already is
 not written again, nor is one that came earlier in the same ingest; `in place` writes no data chunk at all. Parity is
-encoded from the same buffers and is always owned.
+encoded from the same buffers and is always owned. Where the file system can share blocks between files, a large file
+without parity is cloned into the blob first and read from there: what is hashed is what is kept.
 Publish order (architecture §7): blob (temp, write, fsync, rename, fsync folder), manifests likewise, catalog
 commit, listener. Until the commit nothing refers to what was written, and an error takes it away again.
 Memory: three buffers (fewer for a file that needs fewer). With parity each is one stripe, 3 * (k + m) * chunk size in
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastcas.errors import FileChanged
 from fastcas.hashing import Sha256, chunk_passes, digest_many, sha256
@@ -44,15 +45,17 @@ from fastcas.store.blobs import BlobWriter
 from fastcas.store.catalog import LINKED, OWNED, BlobRow
 from fastcas.store.content_cuts import ContentCuts
 from fastcas.store.core import Core, News, manifest_name
-from fastcas.store.sources import Source
+from fastcas.store.sources import FileSource, Source
 from fastcas.store.types import Identity, Progress, StoredFile
 
-__all__ = ["Entry", "Ingest", "Staged", "stored_file"]
+__all__ = ["BUFFER_B", "Entry", "Hashes", "Ingest", "Staged", "cut_short", "insert_linked", "stored_file"]
 
 BUFFER_B = 4 << 20
 CDC_BUFFER_B = 8 << 20  # eight chunks of 1 MiB are hashed side by side
 SLOTS = 3
+CLONE_MIN_B = 1 << 20  # a smaller file is copied sooner than its pages are flushed
 _ZEROS = bytes(1 << 16)
+_T = TypeVar("_T")
 _Encoded = tuple[list[bytes], list[memoryview]]
 
 
@@ -64,6 +67,7 @@ class Staged:
     new_bytes: int
     path: bytes | None = None
     identity: Identity | None = None
+    cloned_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -175,11 +179,11 @@ class _Parity:
         return keys, shards
 
 
-class _Hashes:
-    """Chunk hashes, midstates and content hash of one file, fed in order."""
+class Hashes:
+    """Chunk hashes, midstates and content hash of one file that is cut into chunks of one size, fed in order."""
 
     def __init__(self, size: int, chunk_size: int) -> None:
-        self._chunk_size = chunk_size
+        self._size, self._chunk_size = size, chunk_size
         self._left = -(-size // chunk_size)
         self._chain = SHA256_IV
         self.done = 0
@@ -204,6 +208,19 @@ class _Hashes:
         self.chunks += b"".join(keys)
         return keys
 
+    def manifest(self, k: int = 0, m: int = 0, parity: bytes = b"") -> Manifest:
+        """Return the manifest, once everything was fed."""
+        return Manifest(
+            self.file_hash, self._size, self._chunk_size, bytes(self.chunks), bytes(self.midstates), k, m, parity
+        )
+
+
+def cut_short(source: Source, got: int, size: int) -> FileChanged:
+    """Return the error for a file that ended before its size."""
+    return FileChanged(f"{source.label}: ended after {got} B of {size} B; nothing of it was stored").about(
+        (source.label, "changed while it was read")
+    )
+
 
 class Ingest:
     """One ingest: any number of sources into at most one owned blob, published at once.
@@ -215,6 +232,7 @@ class Ingest:
     def __init__(self, core: Core, budget: int | None = None) -> None:
         self._core = core
         self._blob = BlobWriter(core.folder, core.catalog.catalog_id, budget, sends_soon=core.listener is not None)
+        self._may_clone = True
         self._has_owned = bool(core.catalog.value("SELECT EXISTS(SELECT 1 FROM blobs WHERE kind=0)"))
 
     def __enter__(self) -> Ingest:
@@ -258,11 +276,16 @@ class Ingest:
         k, m = parity or (0, 0)
         if parity is not None:
             check_parity(size, unit, k, m)
-        hashes = _Hashes(size, unit)
+        hashes = Hashes(size, unit)
         code = _Parity(k, m) if parity else None
-        written_before = self._blob.size
+        n_before = len(self._blob.lengths)
+        cloned = self._clone(source) if parity is None and not in_place else None
         for data, encoding, slot, writer in self._buffers(source, Layout.of(size, unit, k, m), code, progress):
+            fed = hashes.done
             keys = hashes.feed(data)
+            if cloned is not None:
+                self._place(keys, [min(unit, len(data) - at) for at in range(0, len(data), unit)], cloned + fed)
+                continue
             chunks = [data[at : at + unit] for at in range(0, len(data), unit)]
             runs = [] if in_place else self._plan(keys, chunks)
             if encoding is not None:
@@ -271,15 +294,34 @@ class Ingest:
                 length = sum(len(run) for run in runs)
                 offset = self._blob.size - length
                 slot.pending = writer.submit(self._blob.write, runs, offset, size - hashes.done)
-        manifest = Manifest(
-            hashes.file_hash, size, unit, bytes(hashes.chunks), bytes(hashes.midstates), k, m,
-            bytes(code.hashes) if code else b"",
-        )  # fmt: skip
-        return self._staged(source, manifest, written_before, in_place)
+        manifest = hashes.manifest(k, m, bytes(code.hashes) if code else b"")
+        staged = self._staged(source, manifest, n_before, in_place)
+        staged.cloned_bytes = staged.new_bytes if cloned is not None else 0
+        return staged
+
+    def _clone(self, source: Source) -> int | None:
+        """Copy a file by sharing its blocks; it is read, and hashed, from the copy. None where that cannot be."""
+        if not self._may_clone or not isinstance(source, FileSource) or source.size < CLONE_MIN_B:
+            return None
+        offset = self._blob.clone(source.fd, source.size)
+        self._may_clone = offset is not None
+        if offset is not None:
+            source.read_from(self._blob.read_fd(), offset)
+        return offset
+
+    def _place(self, keys: Sequence[bytes], lengths: Sequence[int], offset: int) -> None:
+        """Take the new ones of consecutive chunks that lie in the blob already; the others' blocks are given back."""
+        fresh = self._fresh(keys, lengths)
+        for key, length in zip(keys, lengths, strict=True):
+            if fresh.pop(key, None) is not None:
+                self._blob.place(key, offset, length)
+            else:
+                self._blob.punch(offset, length)
+            offset += length
 
     def _add_by_content(self, source: Source, cuts: ContentCuts, in_place: bool, progress: Progress | None) -> Staged:
         """The same for chunks that end where the content says so; the content is hashed beside the chunks."""
-        size, written_before = source.size, self._blob.size
+        size, n_before = source.size, len(self._blob.lengths)
         layout = Layout.of_content(size, cuts.longest)
         with ThreadPoolExecutor(1, "fastcas-hash") if layout.n_steps > 1 else _Inline() as hasher:
             for data, _, slot, writer in self._buffers(source, layout, None, progress):
@@ -290,11 +332,11 @@ class Ingest:
                     offset = self._blob.size - sum(len(run) for run in runs)
                     slot.pending = writer.submit(self._blob.write, runs, offset, size - cuts.done)
                 content.result()
-        return self._staged(source, cuts.manifest(), written_before, in_place)
+        return self._staged(source, cuts.manifest(), n_before, in_place)
 
-    def _staged(self, source: Source, manifest: Manifest, written_before: int, in_place: bool) -> Staged:
+    def _staged(self, source: Source, manifest: Manifest, n_before: int, in_place: bool) -> Staged:
         source.finish()
-        staged = Staged(manifest, self._blob.size - written_before)
+        staged = Staged(manifest, sum(self._blob.lengths[n_before:]))
         if in_place:
             staged.path, staged.identity = source.path, source.identity
         return staged
@@ -318,9 +360,7 @@ class Ingest:
                 got = ahead.result()
                 if got != want:
                     source.finish()
-                    raise FileChanged(
-                        f"{source.label}: ended after {i * step + got} B of {size} B; nothing of it was stored"
-                    ).about((source.label, "changed while it was read"))
+                    raise cut_short(source, i * step + got, size)
                 encoding = encoder.submit(code.encode, slot, want, unit) if code is not None else None
                 if i + 1 < n_steps:
                     following = slots[(i + 1) % SLOTS]
@@ -334,14 +374,19 @@ class Ingest:
 
     def _plan(self, keys: Sequence[bytes], chunks: Sequence[memoryview]) -> list[memoryview]:
         """Reserve places for the chunks that no owned blob holds; returns their bytes in that order."""
-        places = self._blob.places
-        fresh = {key: chunk for key, chunk in zip(keys, chunks, strict=True) if key not in places}
-        if fresh and self._has_owned:
-            for key in self._core.owned_intact(list(fresh)):
-                del fresh[key]
+        fresh = self._fresh(keys, chunks)
         for key, chunk in fresh.items():
             self._blob.reserve(key, len(chunk))
         return list(fresh.values())
+
+    def _fresh(self, keys: Sequence[bytes], values: Sequence[_T]) -> dict[bytes, _T]:
+        """Return the chunks, with what belongs to each, that no owned blob holds and that are not in this one yet."""
+        places = self._blob.places
+        fresh = {key: value for key, value in zip(keys, values, strict=True) if key not in places}
+        if fresh and self._has_owned:
+            for key in self._core.owned_intact(list(fresh)):
+                del fresh[key]
+        return fresh
 
     def publish(self, entries: Sequence[Entry]) -> None:
         """Make everything durable and visible together; sets `already_stored` of each entry.
@@ -363,8 +408,7 @@ class Ingest:
             blob_name = self._blob.publish()
             if blob_name is not None:
                 made.append(blob_name)
-            for manifest in fresh.values():
-                made.append(core.write_manifest(manifest))
+            made += core.write_manifests(fresh.values())
             with catalog.transaction():
                 news = self._insert(entries, blob_name, now, set(fresh))
         except BaseException:
@@ -450,6 +494,7 @@ def stored_file(entry: Entry, size: int | None = None) -> StoredFile:
         n_chunks=manifest.n_chunks,
         n_parity=manifest.n_parity,
         new_bytes=entry.staged.new_bytes,
+        cloned_bytes=entry.staged.cloned_bytes,
         already_stored=entry.already_stored,
         is_collection=entry.is_collection,
         path=None if path is None else os.fsdecode(path),

@@ -63,15 +63,17 @@ def stats(core: Core) -> dict[str, int]:
         for kind in (OWNED, LINKED)
     }
     logical = value("SELECT sum(size) FROM files")
-    distinct = value("SELECT sum(n) FROM (SELECT max(length) AS n FROM extents GROUP BY hash)")
+    n_chunks, distinct = core.catalog.query(
+        "SELECT count(*), sum(n) FROM (SELECT max(length) AS n FROM extents GROUP BY hash)"
+    )[0]
     return {
         "logical": logical,
         "stored": by_kind[OWNED],
         "linked": by_kind[LINKED],
-        "shared": max(0, logical - distinct),
+        "shared": max(0, logical - (distinct or 0)),
         "files": value("SELECT count(*) FROM files"),
         "incomplete": value("SELECT count(*) FROM files f JOIN manifests m ON m.hash=f.manifest WHERE NOT complete"),
-        "chunks": value("SELECT count(DISTINCT hash) FROM extents"),
+        "chunks": n_chunks,
         "blobs": value("SELECT count(*) FROM blobs WHERE kind IN (0, 1)"),
         "manifests": value("SELECT count(*) FROM manifests"),
     }

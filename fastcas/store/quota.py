@@ -4,7 +4,8 @@ Space is reserved before an ingest or download begins, for the most that it can 
 files are evicted, the longest unused first, until there is. Pinned files, what collections that stay need, and
 downloads in progress are never evicted, nor are files that take no owned space; if that leaves too little, nothing is
 evicted and the call fails. What an ingest writes is held to its reservation, too, so that the quota holds even where
-an estimate is wrong. The catalog (about 200 B per chunk), its log and the 1 MiB reserve come on top of it.
+an estimate is wrong. The catalog (110 B per chunk, some 310 B with its log) and the 1 MiB reserve come on
+top: removing things needs them, and what `rebuild` replaced does not count either.
 Counted are blocks on disk, as `du` does. The limit is remembered in the catalog.
 Never: evicts in the middle of an ingest, whose chunks could be among those that go.
 """

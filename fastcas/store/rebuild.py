@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from fastcas.errors import CatalogCorrupt, CollectionCorrupt, FastCASError, ManifestCorrupt
+from fastcas.errors import CatalogCorrupt, CollectionCorrupt, FastCASError, ManifestCorrupt, StoreError
 from fastcas.hashing import digest_many, sha256
 from fastcas.ids import escape_for_terminal
 from fastcas.limits import CHUNK_SIZE_MAX, COLLECTION_SIZE_MAX, MANIFEST_SIZE_MAX
@@ -81,6 +81,9 @@ def rebuild(folder: Folder, progress: Progress | None) -> RebuildReport:
             _Rebuild(core, old, report, progress).run()
         finally:
             core.close()
+        if folder.exists(f"{temp}-wal"):  # closing it said nothing of what failed
+            who = shown(folder.path(CATALOG))
+            raise StoreError(f"{who}: the new one could not be written whole; nothing was changed")
         fd = folder.open(temp)
         try:
             _install(folder, fd, temp)

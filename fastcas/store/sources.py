@@ -101,15 +101,25 @@ class FileSource:
         self.identity: Identity | None = identity_of(info)
         self.size = info.st_size
         self._offset = 0
+        self._copy, self._base = fd, 0
         with contextlib.suppress(OSError):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the file, for cloning it."""
+        return self._fd
+
+    def read_from(self, fd: int, offset: int) -> None:
+        """Read a copy, which begins at `offset` of an open file, in place of the file. Before the first read only."""
+        self._copy, self._base = fd, offset
 
     def readinto(self, view: memoryview) -> int:
         """Fill `view`; fewer bytes only at the end of the file."""
         done = 0
         with os_errors(self.label, "reading it"):
             while done < len(view):
-                n = os.preadv(self._fd, [view[done:]], self._offset)
+                n = os.preadv(self._copy, [view[done:]], self._base + self._offset)
                 if n == 0:
                     break
                 done += n

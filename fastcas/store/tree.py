@@ -11,12 +11,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 from fastcas.errors import CollectionCorrupt, FileChanged, PermissionDenied, UsageError
 from fastcas.limits import COLLECTION_FILES_MAX
-from fastcas.metadata import EMPTY_SHA256
+from fastcas.metadata import EMPTY_SHA256, FIXED
 from fastcas.store.beneath import beneath
 from fastcas.store.collection import (
     DEPTH_MAX,
@@ -29,7 +31,8 @@ from fastcas.store.collection import (
     check_paths,
 )
 from fastcas.store.core import Core, identity_of
-from fastcas.store.ingest import Entry, Ingest, stored_file
+from fastcas.store.in_place import Job, hash_in_place
+from fastcas.store.ingest import Entry, Ingest, Staged, stored_file
 from fastcas.store.linked import make_way
 from fastcas.store.packs import PackPart, PackSource
 from fastcas.store.paths import os_errors, shown, translate
@@ -96,11 +99,6 @@ def _scan(dir_fd: int, prefix: str, depth: int, out: _Scan, posix_names: bool) -
         else:
             what = "is a symbolic link" if stat.S_ISLNK(info.st_mode) else "is neither a file nor a folder"
             out.refuse(path, what if not stat.S_ISDIR(info.st_mode) else f"is deeper than {DEPTH_MAX}")
-
-
-def _open(root_fd: int, path: str) -> int:
-    with beneath(root_fd, path) as (fd, name):
-        return open_user_file(name, fd, follow=False)
 
 
 def _packs(leaves: list[_Leaf]) -> Iterator[list[_Leaf]]:
@@ -193,7 +191,7 @@ def _ingest(
         bound += ingest_bound(sum(leaf.identity.size for leaf in pack), chunk_size, parity, chunking=chunking)
     described = sum(2 * len(leaf.path) + ENTRY_B for leaf in scan.leaves) + sum(2 * len(path) + 2 for path in scan.dirs)
     bound += ingest_bound(described, chunk_size, parity, chunking=chunking)
-    with quota.admit(bound, title) as budget, Ingest(core, budget) as ingest:
+    with quota.admit(bound, title) as budget, Ingest(core, budget) as ingest, ExitStack() as stack:
         for pack in _packs(small):
             parts = [PackPart(leaf.path, leaf.identity.size, leaf.identity) for leaf in pack]
             together = PackSource(root_fd, root, parts)
@@ -209,21 +207,32 @@ def _ingest(
             packs.append(PackEntry(manifest.file_hash, manifest.manifest_hash, manifest.size))
             entries.append(Entry(staged, None))
             done += manifest.size
-        for leaf in large:
-            absolute = os.path.join(root, leaf.path)
-            source = FileSource(_open(root_fd, leaf.path), shown(absolute), os.fsencode(absolute))
-            try:
-                if source.identity != leaf.identity:
-                    raise FileChanged(f"{source.label}: changed before it was read; nothing of it was stored").about(
-                        (source.label, "changed before it was read")
-                    )
-                if in_place:
-                    make_way(core, os.fsencode(absolute), leaf.identity)
-                staged = ingest.add(
-                    source, chunk_size=chunk_size, chunking=chunking, parity=parity, in_place=in_place, progress=step
-                )
-            finally:
-                source.close()
+        begun = done
+
+        def beside(n: int) -> None:
+            if progress is not None:
+                progress(begun + n, total)
+
+        def one_by_one() -> Generator[Staged, None, None]:
+            for leaf in large:
+                source = _open(root_fd, root, leaf)
+                try:
+                    yield ingest.add(
+                        source, chunk_size=chunk_size, chunking=chunking, parity=parity, in_place=in_place,
+                        progress=step,
+                    )  # fmt: skip
+                finally:
+                    source.close()
+
+        if in_place and parity is None and chunking == FIXED and len(large) > 1:
+            jobs = [Job(leaf.identity.size, partial(_open, root_fd, root, leaf)) for leaf in large]
+            read = hash_in_place(jobs, chunk_size, beside)
+        else:
+            read = one_by_one()
+        stack.callback(read.close)
+        for leaf, staged in zip(large, read, strict=True):
+            if in_place:
+                make_way(core, os.fsencode(os.path.join(root, leaf.path)), leaf.identity)
             manifest = staged.manifest
             files.append(
                 FileEntry(leaf.path, leaf.executable, manifest.size, manifest.file_hash, manifest.manifest_hash)
@@ -237,5 +246,18 @@ def _ingest(
         new_bytes = staged.new_bytes + sum(entry.staged.new_bytes for entry in entries)
         ingest.publish([*entries, top])
     staged.new_bytes = new_bytes
+    staged.cloned_bytes += sum(entry.staged.cloned_bytes for entry in entries)
     top.already_stored = top.already_stored and new_bytes == 0
     return stored_file(top, total)
+
+
+def _open(root_fd: int, root: str, leaf: _Leaf) -> FileSource:
+    absolute = os.path.join(root, leaf.path)
+    with beneath(root_fd, leaf.path) as (fd, name):
+        source = FileSource(open_user_file(name, fd, follow=False), shown(absolute), os.fsencode(absolute))
+    if source.identity != leaf.identity:
+        source.close()
+        raise FileChanged(f"{source.label}: changed before it was read; nothing of it was stored").about(
+            (source.label, "changed before it was read")
+        )
+    return source

@@ -42,7 +42,8 @@ class StoredFile:
         chunk_size: Bytes per chunk; cut by content: of the longest that there may be.
         n_chunks: Data chunks.
         n_parity: Parity chunks.
-        new_bytes: Bytes that were written into owned blobs.
+        new_bytes: Bytes of chunks that owned blobs got, copied or cloned.
+        cloned_bytes: Bytes of these that share the blocks of the user's file on disk (reflink).
         already_stored: The store held exactly this before; nothing but the name was added.
         is_collection: The file is a directory's collection.
         path: The user's file for one that is seeded in place, else None.
@@ -61,6 +62,7 @@ class StoredFile:
     already_stored: bool
     is_collection: bool
     path: str | None
+    cloned_bytes: int = 0
     chunking: str = "fixed"
 
 

@@ -73,17 +73,21 @@ def prepare(folder: Path, operation: str, n_more: int = 0) -> Path:
 
 
 def strike(
-    folder: Path, operation: str, kinds: Sequence[str], effect: str, patience: int = 3, n_more: int = 0
-) -> list[int]:
+    folder: Path, operation: str, kinds: Sequence[str], effect: str, patience: int = 3, n_more: int = 0,
+    first: int = 1, last: int = 1_000_000,
+) -> list[int]:  # fmt: skip
     """Let a fault hit every call of these kinds, one operation on one fresh store each, and check every store.
+
+    Args:
+        first, last: Which calls of the first kind are struck; the round that has the last of them goes to its end.
 
     Returns:
         The exit statuses (negative: signal). The stores are made and checked ROUND at a time.
     """
     base = prepare(folder, operation, n_more)
     statuses: list[int] = []
-    left, first, passed = list(kinds), 1, 0
-    while left:
+    left, passed = list(kinds), 0
+    while left and first <= last:
         for point in range(1, ROUND + 1):
             shutil.copytree(base, folder / str(point))
         answers = strike_round(folder, operation, left, effect, patience, first, passed)
@@ -159,7 +163,9 @@ def test_killed_at_every_call_needs_no_manual_step(tmp_path: Path, operation: st
     assert statuses.count(-9) >= 15
 
 
-if os.environ.get("FASTCAS_KILL_POINTS"):  # `make store-kill-points`: minutes; a slice: `-k "gc and unlinkat"`
+if os.environ.get(
+    "FASTCAS_KILL_POINTS"
+):  # `make store-kill-points`; slices: -k gc-pwrite64, FASTCAS_KILL_RANGE="1 300"
 
     @pytest.fixture(scope="module")
     def proven() -> Iterator[Counter[str]]:
@@ -175,7 +181,8 @@ if os.environ.get("FASTCAS_KILL_POINTS"):  # `make store-kill-points`: minutes; 
     def test_killed_at_every_call_of_many_files(
         tmp_path: Path, operation: str, kind: str, proven: Counter[str]
     ) -> None:
-        statuses = strike(tmp_path, operation, [kind], "signal=SIGKILL", 1, MORE)
+        first, last = map(int, os.environ.get("FASTCAS_KILL_RANGE", "1 1000000").split())
+        statuses = strike(tmp_path, operation, [kind], "signal=SIGKILL", 1, MORE, first, last)
         assert set(statuses) <= {-9, 0}
         proven[operation] += statuses.count(-9)
 

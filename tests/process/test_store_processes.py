@@ -28,7 +28,9 @@ with Store.open(sys.argv[1], create=True):
 
 
 @pytest.mark.parametrize(
-    "command", [["ls"], ["gc"], ["verify"], ["rebuild"], ["store", "FILE"], ["migrate", "OLD"], ["node"]]
+    "command",
+    [["ls"], ["gc"], ["verify"], ["rebuild"], ["store", "FILE"], ["migrate", "OLD"], ["node"]],
+    ids=lambda words: words[0],
 )
 def test_second_process_on_a_store_exits_10_and_says_who_has_it(tmp_path: Path, command: list[str]) -> None:
     root = tmp_path / "st"
@@ -36,9 +38,7 @@ def test_second_process_on_a_store_exits_10_and_says_who_has_it(tmp_path: Path, 
     (tmp_path / "old/hashed_files").mkdir(parents=True)
     (tmp_path / "old/cas_index.json").write_text("{}")
     words = [{"FILE": str(tmp_path / "file"), "OLD": str(tmp_path / "old")}.get(word, word) for word in command]
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )  # fmt: skip
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, root], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with holder:
         assert holder.stdout is not None
         assert read_line(holder.stdout, 20) == "open\n"
@@ -102,6 +102,7 @@ def listed(root: Path) -> set[str]:
     return {item["file_hash"] for item in json.loads(done.stdout)["files"] if not item.get("is_member")}
 
 
+@pytest.mark.slow
 def test_quota_of_a_node_is_never_exceeded_and_pinned_files_stay(tmp_path: Path) -> None:
     limit = 8 * MIB
     for number in range(10):

@@ -2,7 +2,7 @@
 # Install the Debian tools that the tests (or the benches) drive, where they are missing. Usage: install_tools.sh test|bench|fuzz
 set -euo pipefail
 case "${1:-test}" in
-    test)  tools="curl:curl wget:wget aria2c:aria2 strace:strace nginx:nginx-light gcc:gcc openssl:openssl ip:iproute2 mount:mount" ;;
+    test)  tools="curl:curl wget:wget aria2c:aria2 strace:strace nginx:nginx-light gcc:gcc openssl:openssl ip:iproute2 mount:mount mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs" ;;
     bench) tools="curl:curl nginx:nginx-light aria2c:aria2 gcc:gcc openssl:openssl slowhttptest:slowhttptest casync:casync rsync:rsync" ;;
     fuzz)  tools="clang:clang llvm-symbolizer-14:llvm-14" ;;
     *)     echo "usage: install_tools.sh test|bench|fuzz" >&2; exit 2 ;;
