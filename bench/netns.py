@@ -36,6 +36,7 @@ class Host:
 
     namespace: str
     ip: str
+    bridge: str = ""  # the namespace in which the bridge's end of its link is: device pN of host N
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """Return the command that runs `argv` there; it becomes that process itself, it has no parent in between."""
@@ -100,7 +101,7 @@ def rate_limited_hosts(rates: Sequence[Rates]) -> Iterator[list[Host]]:
     _remove_stale()
     tag = f"{PREFIX}{os.getpid()}"
     bridge = f"{tag}-br"
-    hosts = [Host(f"{tag}-{i}", f"10.77.0.{i + 1}") for i in range(len(rates))]
+    hosts = [Host(f"{tag}-{i}", f"10.77.0.{i + 1}", bridge) for i in range(len(rates))]
     try:
         _run("ip", "netns", "add", bridge)
         _run("ip", "-n", bridge, "link", "add", "br0", "type", "bridge")

@@ -10,7 +10,8 @@ with file size F, the seed's and the leechers' uplinks u_s, u and downlinks d as
 header fits into this bound is part of the figure. Starting the processes and finding the manifest are printed apart.
 "Seed sent" is what the seed's workers wrote of bodies, over F.
 
-    python -m bench.swarm [--case NAME]... [--turns 1] [--no-libtorrent] [--folder DIR] [--json FILE] [--check]
+    python -m bench.swarm [--case NAME]... [--turns 1] [--no-libtorrent]
+        [--timeline] [--folder DIR] [--json FILE] [--check]
 
 libtorrent runs in the same namespaces, told of all peers, its clock begins when all sessions are told to start.
 The folder is on /dev/shm by default: the network is what is measured.
@@ -39,6 +40,7 @@ from typing import Any
 
 from bench.netns import Host, Rates, rate_limited_hosts, why_not
 from bench.processes import tree_cpu_s
+from bench.swarm_timeline import watch
 from fastcas.errors import FastCASError
 from fastcas.node.control_client import AsyncControlClient, ControlClient
 
@@ -263,8 +265,8 @@ def seed_counters(store: Path) -> dict[str, int]:
     return total
 
 
-def run_fastcas(case: Case, folder: Path) -> Run:
-    """One run of one case."""
+def run_fastcas(case: Case, folder: Path, *, timeline: bool = False) -> Run:
+    """One run of one case; `timeline` prints which links were in use when."""
     with contextlib.ExitStack() as stack:
         work = Path(tempfile.mkdtemp(prefix="fastcas-swarm-", dir=folder))
         stack.callback(shutil.rmtree, work, ignore_errors=True)
@@ -283,7 +285,8 @@ def run_fastcas(case: Case, folder: Path) -> Run:
         fetching = Fetching(case, work, link, processes)
         cpu = [tree_cpu_s(process.pid) for process in processes]
         machine = busy_s()
-        asyncio.run(fetching.run())
+        with watch(hosts, case.rates()) if timeline else contextlib.nullcontext() as seen:
+            asyncio.run(fetching.run())
         busy, total = (now - before for now, before in zip(busy_s(), machine, strict=True))
         living = [p for i, p in enumerate(processes) if i - 1 not in fetching.victims]
         cpu_s = sum(tree_cpu_s(p.pid) for p in living) - sum(
@@ -293,6 +296,8 @@ def run_fastcas(case: Case, folder: Path) -> Run:
         for number in set(fetching.ends) - fetching.victims:
             compare(source, fetching.outs[number])
     clock = max(fetching.parts.values())
+    if seen is not None:
+        print(seen.text(clock, {number + 1: end for number, end in fetching.ends.items()}), flush=True)
     ends = sorted(end - clock for number, end in fetching.ends.items() if number not in fetching.victims)
     return Run(
         ratio=ends[-1] / case.bound_s(), last_s=ends[-1], first_s=ends[0],
@@ -434,6 +439,7 @@ def main() -> int:
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES])
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--no-libtorrent", action="store_true")
+    parser.add_argument("--timeline", action="store_true", help="print which links were in use when")
     shared = Path("/dev/shm")
     parser.add_argument("--folder", type=Path, default=shared if shared.is_dir() else Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=Path)
@@ -457,7 +463,7 @@ def main() -> int:
             continue
         runs, others = [], []
         for _ in range(options.turns):
-            runs.append(run_fastcas(case, options.folder))
+            runs.append(run_fastcas(case, options.folder, timeline=options.timeline))
             if with_libtorrent:
                 others.append(run_libtorrent(case, options.folder))
         good &= show(case, runs, others)

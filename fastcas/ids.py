@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
-from urllib.parse import parse_qsl, quote, urlsplit
+from dataclasses import dataclass, replace
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 from fastcas.errors import UsageError
-from fastcas.limits import CHUNK_SIZE_MAX, CHUNK_SIZE_MIN
+from fastcas.limits import CHUNK_SIZE_MAX, CHUNK_SIZE_MIN, PATH_BYTES_MAX
 
 __all__ = [
     "Link",
@@ -21,6 +21,7 @@ __all__ = [
     "hex_of",
     "parse_chunk_size",
     "parse_hash",
+    "parse_member",
     "parse_parity",
     "parse_peer",
     "parse_quota",
@@ -204,7 +205,8 @@ class Link:
     """A fastcas:// link: file_hash (32 bytes), and what helps to fetch it.
 
     name, size, peers (data ports) and dht (DHT nodes, UDP ports) are hints for people and for the first connection;
-    manifest_hash, where present, is trusted as architecture §5.2 says.
+    manifest_hash, where present, is trusted as architecture §5.2 says. path, of a REF/path (`parse_member`): one file
+    of a collection.
     """
 
     file_hash: bytes
@@ -213,6 +215,7 @@ class Link:
     size: int | None = None
     peers: tuple[PeerAddr, ...] = ()
     dht: tuple[PeerAddr, ...] = ()
+    path: str | None = None
 
     def __str__(self) -> str:
         query = []
@@ -224,7 +227,8 @@ class Link:
             query.append(f"size={self.size}")
         for key, addresses in (("peer", self.peers), ("dht", self.dht)):
             query += [f"{key}=" + quote(str(address), safe=":[]") for address in addresses]
-        return "fastcas://" + self.file_hash.hex() + ("?" + "&".join(query) if query else "")
+        path = "/" + quote(self.path) if self.path is not None else ""
+        return "fastcas://" + self.file_hash.hex() + path + ("?" + "&".join(query) if query else "")
 
     @classmethod
     def parse(cls, text: str, argument: str = "link") -> Link:
@@ -282,3 +286,32 @@ def parse_ref(text: str, argument: str = "REF") -> Link:
     if text.startswith("fastcas:"):
         return Link.parse(text, argument)
     return Link(parse_hash(text, argument))
+
+
+def parse_member(text: str, argument: str = "REF") -> Link:
+    """Return the `Link` of a REF, or of REF/path: one file of a collection (`Link.path`).
+
+    The path follows the hash (`<64 hex>/a/b`), the whole link, or the hash within it, there percent-encoded
+    (`fastcas://<64 hex>/a/b?m=…`); a link that is followed by a path has no other `/` after its `?`.
+
+    Raises:
+        UsageError: The REF is malformed, or the path is empty, has an empty, `.` or `..` component, or over 4,096 B.
+    """
+    if not text.startswith("fastcas:"):
+        ref, slash, path = text.partition("/")
+        link = parse_ref(ref, argument)
+    else:
+        place, mark, query = text.partition("?")
+        hash_end = len("fastcas://") + 64
+        query, slash, path = query.partition("/")
+        if len(place) > hash_end + 1 and place[hash_end] == "/" and not slash:
+            slash, path = "/", unquote_to_bytes(place[hash_end + 1 :]).decode("utf-8", "surrogateescape")
+            place = place[:hash_end]
+        link = Link.parse(place + mark + query, argument)
+    if not slash:
+        return link
+    n_bytes = len(path.encode(errors="replace"))
+    is_text = path.isascii() or not any("\ud800" <= char <= "\udfff" for char in path)
+    if not is_text or n_bytes > PATH_BYTES_MAX or "\0" in path or {"", ".", ".."}.intersection(path.split("/")):
+        raise UsageError(f"{argument}: expected a path of plain components after the /, got {_quoted(path)}")
+    return replace(link, path=path)

@@ -42,6 +42,7 @@ CONNECTIONS_PER_WORKER = 16_384
 CONNECTIONS_PER_SOURCE = 64  # not for loopback and own prefixes
 PER_SOURCE_MIN = 16  # of them per worker at least, because they do not spread evenly
 UPLOAD_SLOTS = 8  # chunks sent at once to peers, per node; fewer than 8 starve an uplink at 40 ms
+UPLINK_WAIT_S = 0.1  # "busy": more waits than the uplink sends in this time (WAIT_S in csrc/engine/slots.c)
 UPLOAD_SLOTS_MIN = 4  # of them per worker at least
 RESERVED_FDS = 64
 LISTEN_BACKLOG = 1024

@@ -274,7 +274,7 @@ static int send_on(fcas_engine *e, fcas_conn *c, uint64_t *turn)
     fcas_send_result result = fcas_send(e, c, turn);
     if (!c->proven && c->sent >= FCAS_PROVEN_BYTES)
         prove(c);
-    if (c->blocked_ns && c->sent != before && e->now_ns - c->blocked_ns >= FCAS_UNWRITABLE_NS)
+    if (c->slot && c->sent != before && fcas_slot_unwritable(e, c))
         c->slow = 1;
     if (result != SEND_BLOCKED)
         c->blocked_ns = 0;

@@ -28,7 +28,7 @@
 #define FCAS_UNSENT_NEW    (256u << 10)
 #define FCAS_UNSENT_PROVEN (2u << 20)
 #define FCAS_PROVEN_BYTES  (4u << 20)
-#define FCAS_UNWRITABLE_NS 50000000ll /* so long without room in its socket, and a connection is slow */
+#define FCAS_UNWRITABLE_NS 50000000ll /* so long without room in its socket at least, and a connection is slow */
 
 typedef struct fcas_conn fcas_conn;
 
@@ -119,7 +119,7 @@ struct fcas_conn {
     uint8_t    slot;         /* its place among the holders + 1, 0 = none */
     uint32_t   asked;        /* bytes of the chunk it asked for */
     uint32_t   queued_bytes; /* what of that counts in the queue */
-    uint8_t    slow;         /* in this turn it could not be written to for FCAS_UNWRITABLE_NS */
+    uint8_t    slow;         /* in this turn fcas_slot_unwritable() held once */
     float      took;         /* bytes per second in its last turn if it was slow then, else 0 */
     int64_t    turn_ns;      /* when it got its slot */
     uint64_t   turn_sent;    /* `sent` then */
@@ -181,6 +181,8 @@ struct fcas_engine {
     double   uplink;        /* bytes per second, 0 = not known */
     int64_t  window_ns;     /* when the window begins or began */
     uint64_t window_bytes;  /* bytes sent at that time, 0 = it has not begun */
+    int64_t  probe_ns;      /* from then on a request is let in however busy */
+    int64_t  published_ns;
     uint64_t bytes_sent;    /* body bytes before those in delta */
     int      limit_sleeps;  /* the bucket was empty: until the timer fires */
     /* table and epochs (epoch.c) */
@@ -284,6 +286,8 @@ int fcas_slot_admit(fcas_engine *e, fcas_conn *c, uint32_t bytes, int may_refuse
 void fcas_slot_release(fcas_engine *e, fcas_conn *c);
 /* c is about to be closed. */
 void fcas_slot_leave(fcas_engine *e, fcas_conn *c);
+/* Whether c could not be written to for longer than its share of the uplink explains. */
+int fcas_slot_unwritable(const fcas_engine *e, const fcas_conn *c);
 /* While somebody holds a slot: measure the uplink, take slots from those who cannot be written to. */
 void fcas_slots_run(fcas_engine *e);
 /* The gauges. */

@@ -4,13 +4,15 @@
  *
  * A waiting request stays unread in its connection's buffer and is parsed again when its turn comes, so that what it
  * asks for is looked up then. A slot is held from there to the end of the response. Whoever cannot be written to for
- * FCAS_UNWRITABLE_NS while others wait gives its slot up and goes on without.
+ * longer than its share of the uplink explains (unwritable_ns) while others wait gives its slot up and goes on without.
  *
  * Bytes of a connection that could not be written to for so long count for at most WAIT_S of what it took, now and in
- * its next turn: a slow receiver makes nobody busy. Those of a connection that waits for us count in full. The uplink's rate
+ * its next turn: a slow receiver makes nobody busy. Those of a connection that waits for us count in full. However busy,
+ * one request a PROBE_NS is let in: were the uplink taken for slower than it is, nobody would find out. The uplink's rate
  * is measured over windows in which a slot was in use all the time, and falls slowly when there are none that reach it;
  * what is written in the first FILL_NS after a pause says how much the kernel holds, not how fast it sends, and does not
- * count. It begins with the upload limit's rate, and without a limit nobody is refused until it is known.
+ * count. It begins with the upload limit's rate; without a limit, GUESS_BPS is taken for it towards other hosts until it is
+ * known, and this one's own programs are not refused.
  */
 #include <linux/sockios.h>
 #include <netinet/in.h>
@@ -24,19 +26,36 @@
 #define WINDOW_NS      200000000ll
 #define FILL_NS        200000000ll
 #define UPLINK_KEPT    0.95  /* per window: a rate that was too high is halved in 3 s */
+#define GUESS_BPS      12500000.0
+#define UNBLOCK_NS_MAX 1000000000ll /* nobody keeps a slot longer than that without taking anything */
+#define PROBE_NS       1000000000ll
+#define PROBE_NS_MAX   30000000000ll
+#define PUBLISH_NS     20000000ll
 #define UNSENT_MAX     65536 /* what the kernel may hold unsent for a peer elsewhere: waiting is to be seen by us */
 
 /* ---- what waits ---- */
 
-static int is_unwritable(const fcas_engine *e, const fcas_conn *c)
+/* So long without room in its socket, and a connection is slow: twice what the kernel needs to send the half of
+ * UNSENT_MAX after which it asks for more, if all have equal shares of the uplink. */
+static int64_t unwritable_ns(const fcas_engine *e)
 {
-    return c->blocked_ns && e->now_ns - c->blocked_ns >= FCAS_UNWRITABLE_NS;
+    double rate = e->uplink > 0 ? e->uplink : GUESS_BPS;
+    double ns = UNSENT_MAX * 1e9 * (double)e->n_holders / rate;
+    return ns < FCAS_UNWRITABLE_NS ? FCAS_UNWRITABLE_NS : ns > UNBLOCK_NS_MAX ? UNBLOCK_NS_MAX : (int64_t)ns;
 }
 
 /* Bytes per second in the turn that c has now; never 0. */
 static float taking(const fcas_engine *e, const fcas_conn *c)
 {
     return (float)((double)(c->sent - c->turn_sent + 1) * 1e9 / (double)(e->now_ns - c->turn_ns + 1));
+}
+
+/* A thin uplink makes everybody wait, one who reads slowly waits alone: c has had less than half of an equal share, too. */
+int fcas_slot_unwritable(const fcas_engine *e, const fcas_conn *c)
+{
+    double rate = e->uplink > 0 ? e->uplink : GUESS_BPS;
+    return c->blocked_ns && e->now_ns - c->blocked_ns >= unwritable_ns(e) &&
+           2.0 * (double)taking(e, c) * (double)e->n_holders < rate;
 }
 
 static uint64_t counted(uint64_t bytes, float took)
@@ -54,9 +73,23 @@ static uint64_t waiting_bytes(const fcas_engine *e)
         int              in_kernel = 0;
         if (!c->local && ioctl(c->fd, SIOCOUTQ, &in_kernel) == 0 && in_kernel > 0)
             left += (uint32_t)in_kernel; /* a thin uplink's queue is there, not here */
-        sum += counted(left, is_unwritable(e, c) ? taking(e, c) : c->took);
+        sum += counted(left, fcas_slot_unwritable(e, c) ? taking(e, c) : c->took);
     }
     return sum;
+}
+
+/* Whether more waits than the uplink sends in WAIT_S. */
+static int is_busy(const fcas_engine *e, int local)
+{
+    double rate = e->uplink > 0 || local ? e->uplink : GUESS_BPS;
+    return rate > 0 && e->n_holders && (double)waiting_bytes(e) > WAIT_S * rate;
+}
+
+/* At least as long as the uplink needs for two such requests: letting them in must not lengthen the queue. */
+static int64_t probe_after_ns(const fcas_engine *e, uint32_t bytes)
+{
+    double ns = e->uplink > 0 ? 2e9 * bytes / e->uplink : 0;
+    return ns < PROBE_NS ? PROBE_NS : ns > PROBE_NS_MAX ? PROBE_NS_MAX : (int64_t)ns;
 }
 
 static void leave_queue(fcas_engine *e, fcas_conn *c)
@@ -120,12 +153,14 @@ void fcas_slot_release(fcas_engine *e, fcas_conn *c)
 {
     if (!c->slot)
         return;
-    c->took = c->slow || is_unwritable(e, c) ? taking(e, c) : 0;
+    c->took = c->slow || fcas_slot_unwritable(e, c) ? taking(e, c) : 0;
     fcas_conn *last = e->holders[--e->n_holders];
     e->holders[c->slot - 1] = last;
     last->slot = c->slot;
     c->slot = 0;
     start_next(e);
+    if (!e->n_holders && e->config.counters)
+        fcas_slots_publish(e, e->config.counters);
 }
 
 void fcas_slot_leave(fcas_engine *e, fcas_conn *c)
@@ -145,10 +180,11 @@ int fcas_slot_admit(fcas_engine *e, fcas_conn *c, uint32_t bytes, int may_refuse
         setsockopt(c->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &most, sizeof most);
     }
     c->is_peer = 1;
-    if (may_refuse && e->uplink > 0 && e->n_holders && (double)waiting_bytes(e) > WAIT_S * e->uplink) {
+    if (may_refuse && is_busy(e, c->local) && e->now_ns < e->probe_ns) {
         fcas_engine_count(e, FCAS_CTR_PEER_BUSY, 1);
         return 503;
     }
+    e->probe_ns = e->now_ns + probe_after_ns(e, bytes);
     c->asked = bytes;
     if (e->queue_head || e->n_holders >= e->config.slots) {
         enter_queue(e, c);
@@ -181,25 +217,30 @@ void fcas_slots_run(fcas_engine *e)
 {
     int64_t first_ns = 0;
     measure(e);
+    if (e->config.counters && e->now_ns - e->published_ns >= PUBLISH_NS)
+        fcas_slots_publish(e, e->config.counters);
     if (!e->queue_head)
         return;
     for (uint32_t i = e->n_holders; i-- > 0;) {
         fcas_conn *c = e->holders[i];
         if (!c->blocked_ns)
             continue;
-        if (is_unwritable(e, c)) {
+        if (fcas_slot_unwritable(e, c)) {
             fcas_engine_count(e, FCAS_CTR_SLOT_LOST, 1);
             fcas_slot_release(e, c);
         } else if (!first_ns || c->blocked_ns < first_ns) {
             first_ns = c->blocked_ns;
         }
     }
-    if (first_ns && e->queue_head)
-        fcas_wake_after(e, first_ns + FCAS_UNWRITABLE_NS - e->now_ns);
+    if (first_ns && e->queue_head) {
+        int64_t after_ns = first_ns + unwritable_ns(e) - e->now_ns;
+        fcas_wake_after(e, after_ns > FCAS_UNWRITABLE_NS ? after_ns : FCAS_UNWRITABLE_NS);
+    }
 }
 
 void fcas_slots_publish(fcas_engine *e, fcas_counter_slot *slot)
 {
+    e->published_ns = e->now_ns;
     fcas_gauge(slot, FCAS_CTR_QUEUE_BYTES, e->n_holders ? waiting_bytes(e) : 0);
     fcas_gauge(slot, FCAS_CTR_UPLINK_RATE, (uint64_t)e->uplink);
 }

@@ -1,4 +1,4 @@
-/* What receiver.c, conn.c and settle.c share. */
+/* What the files of the receiver share. */
 #ifndef FCAS_RECEIVER_INTERNAL_H
 #define FCAS_RECEIVER_INTERNAL_H
 
@@ -9,15 +9,27 @@
 
 #include "receiver/receiver.h"
 
-/* --- chunk buffers: at most `max` bytes, one is always granted --- */
+/* --- chunk buffers: at most `max` bytes, one is always granted ---
+ * They lie in slabs of a huge page, where the limit allows: the kernel pins one page for a direct write, not 64. */
+typedef struct fcas_rx_slab fcas_rx_slab;
+
 typedef struct fcas_rx_buffer {
     struct fcas_rx_buffer *next;
-    size_t capacity;
+    fcas_rx_slab *slab;
     uint8_t *bytes;
 } fcas_rx_buffer;
 
+struct fcas_rx_slab {
+    fcas_rx_slab *next;
+    uint8_t *bytes;
+    size_t capacity;  /* of each buffer */
+    size_t n, n_free; /* buffers */
+    fcas_rx_buffer buffers[];
+};
+
 typedef struct {
     pthread_mutex_t lock;
+    fcas_rx_slab *slabs;
     fcas_rx_buffer *free_list;
     size_t total; /* bytes, free and in use */
     size_t max;
@@ -38,6 +50,7 @@ typedef struct fcas_rx_write {
     struct iocb io;
     fcas_rx_request *request;
     fcas_rx_buffer *buffer;
+    bool is_submitted;
     struct fcas_rx_write *next_free;
 } fcas_rx_write;
 
@@ -46,6 +59,8 @@ typedef struct {
     fcas_rx_request *requests[FCAS_RX_TOGETHER]; /* whole, not checked yet */
     fcas_rx_buffer *buffers[FCAS_RX_TOGETHER];
     size_t n_whole;
+    uint64_t whole_since_us; /* the oldest of them */
+    uint64_t last_us, gap_us; /* when the last chunk was whole, and how long after the one before */
     bool has_aio;
     aio_context_t aio;
     int written_fd; /* eventfd: writes are done */
@@ -81,6 +96,7 @@ typedef struct {
     bool stop;                                 /* under lock */
     fcas_rx_conn *conns;                       /* this thread's only */
     bool someone_waits;                        /* a connection waits for a buffer */
+    size_t n_asked;                            /* requests on its connections */
     _Atomic uint64_t receive_ns;               /* written by this thread only */
 } fcas_rx_thread;
 
@@ -90,6 +106,12 @@ static inline uint64_t fcas_rx_clock_ns(void)
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* Monotonic microseconds. */
+static inline uint64_t fcas_rx_clock_us(void)
+{
+    return fcas_rx_clock_ns() / 1000u;
 }
 
 /* Count the time since `from_ns` in a thread's counter. Cost: one clock, no locked instruction. */
@@ -145,7 +167,47 @@ struct fcas_rx_conn {
     uint8_t head[FCAS_RX_HEAD_MAX];
 };
 
+static inline const fcas_rx_config *fcas_rx_conn_config(const fcas_rx_conn *c)
+{
+    return &c->owner->rx->config;
+}
+
 void *fcas_rx_thread_main(void *argument);
+
+/* --- conn.c: for the connection's thread only --- */
+
+/* Add the socket to the thread's epoll set, or change what it waits for: EPOLL_CTL_ADD, EPOLL_CTL_MOD. */
+void fcas_rx_conn_watch(fcas_rx_conn *c, int op, bool writing);
+/* Begin to connect; what fails ends as in fcas_rx_conn_broken. */
+void fcas_rx_conn_dial(fcas_rx_conn *c);
+/* The socket is connected. */
+void fcas_rx_conn_opened(fcas_rx_conn *c);
+/* Close the socket; the requests stay, to be sent again. */
+void fcas_rx_conn_close_socket(fcas_rx_conn *c);
+/* The connection is broken. The oldest request is to blame, unless it may be asked again; the others are LOST. */
+void fcas_rx_conn_broken(fcas_rx_conn *c, int outcome, int sys_errno);
+/* The same because of an answer that is against the rules. There is an oldest request. */
+void fcas_rx_conn_refuse(fcas_rx_conn *c, int refusal);
+/* Send requests until the socket takes no more. */
+void fcas_rx_conn_send(fcas_rx_conn *c);
+/* Give the oldest request its time for the first byte. */
+void fcas_rx_conn_arm_first_byte(fcas_rx_conn *c);
+/* Take the oldest request off the connection: its answer is complete, or there will be none. */
+fcas_rx_request *fcas_rx_conn_take_oldest(fcas_rx_conn *c);
+/* Take the oldest request off the connection and report it. */
+void fcas_rx_conn_finish(fcas_rx_conn *c, int outcome);
+/* Forget the body that was being received. */
+void fcas_rx_conn_drop_body(fcas_rx_conn *c);
+
+/* --- answer.c: likewise --- */
+
+/* The socket is readable: read on, up to a turn's bytes. */
+void fcas_rx_conn_read(fcas_rx_conn *c);
+/* A chunk buffer, or false: the connection rests, out of the epoll set, until there is one. */
+bool fcas_rx_conn_have_buffer(fcas_rx_conn *c);
+/* Work on what lies in head[]: whole heads, and bodies that came with them. False: nothing more to do here. */
+bool fcas_rx_conn_digest_head(fcas_rx_conn *c);
+
 void fcas_rx_conn_free(fcas_rx_conn *conn);
 /* Hand a finished request to the caller's queue. */
 void fcas_rx_deliver(fcas_rx *rx, fcas_rx_request *request, int outcome);

@@ -140,10 +140,12 @@ void fcas_rx_check_begin(fcas_rx_check *check, const fcas_rx_job *job, uint32_t 
     const fcas_rx_layout *layout = &job->layout;
     fcas_sha256_init(&check->own, layout->kernel);
     /* With a single chunk both hashes are the same number: the chunk's own is enough. */
+    check->has_own = true;
     check->has_link = layout->check_links && job->starts == NULL && index < layout->n_chunks && layout->n_chunks > 1;
     if (!check->has_link) {
         return;
     }
+    check->has_own = !layout->links_alone;
     if (index == 0) {
         fcas_sha256_init(&check->chain, layout->kernel);
     } else {
@@ -154,10 +156,10 @@ void fcas_rx_check_begin(fcas_rx_check *check, const fcas_rx_job *job, uint32_t 
 
 void fcas_rx_check_feed(fcas_rx_check *check, const uint8_t *p, size_t n)
 {
-    if (check->has_link) {
+    if (check->has_link && check->has_own) {
         fcas_sha256_update2(&check->own, &check->chain, p, n);
     } else {
-        fcas_sha256_update(&check->own, p, n);
+        fcas_sha256_update(check->has_link ? &check->chain : &check->own, p, n);
     }
 }
 
@@ -169,8 +171,13 @@ void fcas_rx_check_feed_many(fcas_rx_check *checks, const uint8_t *const *p, con
     size_t n_states = 0;
 
     for (size_t i = 0; i < n; i++) {
-        for (int link = 0; link <= checks[i].has_link; link++) {
-            states[n_states] = link ? &checks[i].chain : &checks[i].own;
+        if (checks[i].has_own) {
+            states[n_states] = &checks[i].own;
+            data[n_states] = p[i];
+            n_bytes[n_states++] = lengths[i];
+        }
+        if (checks[i].has_link) {
+            states[n_states] = &checks[i].chain;
             data[n_states] = p[i];
             n_bytes[n_states++] = lengths[i];
         }
@@ -178,34 +185,42 @@ void fcas_rx_check_feed_many(fcas_rx_check *checks, const uint8_t *const *p, con
     fcas_sha256_update_many(states, data, n_bytes, n_states);
 }
 
-unsigned fcas_rx_check_end(fcas_rx_check *check, const fcas_rx_job *job, uint32_t index, uint8_t digest[32])
+/* Whether the chain has come to the value that the layout lists after this chunk. Ends it. */
+static bool link_holds(fcas_rx_check *check, const fcas_rx_layout *layout, uint32_t index)
+{
+    uint8_t after[32];
+    if (index + 1 == layout->n_chunks) {
+        fcas_sha256_final(&check->chain, after);
+        return memcmp(after, layout->file_hash, 32) == 0;
+    }
+    return fcas_sha256_midstate(&check->chain, after) == FCAS_OK &&
+           memcmp(after, layout->midstates + 32 * (size_t)index, 32) == 0;
+}
+
+unsigned fcas_rx_check_end(fcas_rx_check *check, const fcas_rx_job *job, uint32_t index, const uint8_t *p,
+                           uint8_t digest[32])
 {
     const fcas_rx_layout *layout = &job->layout;
     const bool is_data = index < layout->n_chunks;
     const uint8_t *want = is_data ? layout->hashes + 32 * (size_t)index
                                   : layout->parity_hashes + 32 * (size_t)(index - layout->n_chunks);
-    const bool has_link = is_data && (check->has_link || layout->n_chunks == 1);
-    unsigned flags = has_link ? FCAS_RX_HAS_LINK : 0;
+    unsigned flags = check->has_link ? FCAS_RX_HAS_LINK : 0;
 
+    if (check->has_link && link_holds(check, layout, index)) {
+        flags |= FCAS_RX_LINK_OK;
+        if (!check->has_own) {
+            return flags | FCAS_RX_LINK_ALONE;
+        }
+    }
+    if (!check->has_own) { /* who is to blame, the manifest or whoever sent it? */
+        fcas_sha256_update(&check->own, p, fcas_rx_job_length(job, index));
+    }
     fcas_sha256_final(&check->own, digest);
     if (memcmp(digest, want, 32) == 0) {
         flags |= FCAS_RX_HASH_OK;
     }
-    if (!has_link) {
-        return flags;
-    }
-    uint8_t after[32];
-    const uint8_t *expected = layout->file_hash;
-    if (!check->has_link) {
-        memcpy(after, digest, 32);
-    } else if (index + 1 == layout->n_chunks) {
-        fcas_sha256_final(&check->chain, after);
-    } else {
-        expected = layout->midstates + 32 * (size_t)index;
-        (void)fcas_sha256_midstate(&check->chain, after);
-    }
-    if (memcmp(after, expected, 32) == 0) {
-        flags |= FCAS_RX_LINK_OK;
+    if (is_data && layout->n_chunks == 1) { /* both hashes are the same number */
+        flags |= FCAS_RX_HAS_LINK | (memcmp(digest, layout->file_hash, 32) == 0 ? FCAS_RX_LINK_OK : 0);
     }
     return flags;
 }
@@ -260,8 +275,8 @@ int fcas_rx_job_take(const fcas_rx_job *job, uint32_t index, int fd, uint64_t of
         fcas_rx_check_feed(&check, buffer + at, (size_t)n);
         at += (uint32_t)n;
     }
-    *flags = fcas_rx_check_end(&check, job, index, digest);
-    if (write && (*flags & FCAS_RX_HASH_OK) != 0) {
+    *flags = fcas_rx_check_end(&check, job, index, buffer, digest);
+    if (write && fcas_rx_may_write(*flags)) {
         return fcas_rx_job_write(job, index, buffer);
     }
     return 0;

@@ -25,6 +25,8 @@ typedef struct {
     const uint8_t *parity_hashes; /* 32 * n_parity */
     uint8_t file_hash[32];
     bool check_links;    /* of data chunks; without, their own hashes alone count */
+    bool links_alone;    /* where a link is checked and holds, the own hash is not computed: half of the work, for
+                          * who serves nothing by it */
     const fcas_sha256_kernel *kernel; /* NULL: the default one */
 } fcas_rx_layout;
 
@@ -45,8 +47,9 @@ typedef struct {
 enum {
     FCAS_RX_HASH_OK = 1, /* the bytes' SHA-256 is the listed one */
     FCAS_RX_LINK_OK = 2, /* from the chaining value before it they lead to the one after it */
-    FCAS_RX_HAS_LINK = 4 /* the link was checked at all: not of parity, of chunks with lengths, or if the layout
-                          * does without */
+    FCAS_RX_HAS_LINK = 4, /* the link was checked at all: not of parity, of chunks with lengths, or if the layout
+                           * does without */
+    FCAS_RX_LINK_ALONE = 8 /* the link holds, and the own hash was not computed */
 };
 
 /* Copy the layout and duplicate the descriptors (direct_fd and parity_fd may be -1). FCAS_E_NOMEM, FCAS_E_SYS with
@@ -63,20 +66,27 @@ uint32_t fcas_rx_job_length(const fcas_rx_job *job, uint32_t index);
 typedef struct {
     fcas_sha256 own;
     fcas_sha256 chain;
-    bool has_link;
+    bool has_link, has_own;
 } fcas_rx_check;
 void fcas_rx_check_begin(fcas_rx_check *check, const fcas_rx_job *job, uint32_t index);
 void fcas_rx_check_feed(fcas_rx_check *check, const uint8_t *p, size_t n);
 /* The whole bytes of n <= FCAS_RX_TOGETHER chunks into checks of one kernel that have just begun. */
 void fcas_rx_check_feed_many(fcas_rx_check *checks, const uint8_t *const *p, const size_t *lengths, size_t n);
-/* FCAS_RX_* bits; digest gets what the bytes really hash to. */
-unsigned fcas_rx_check_end(fcas_rx_check *check, const fcas_rx_job *job, uint32_t index, uint8_t digest[32]);
+/* FCAS_RX_* bits; digest gets what the bytes really hash to, unless the link alone said that they are right. p: the
+ * chunk's bytes once more, which a broken link asks for. */
+unsigned fcas_rx_check_end(fcas_rx_check *check, const fcas_rx_job *job, uint32_t index, const uint8_t *p,
+                           uint8_t digest[32]);
+/* Whether a chunk with these bits may be written to its place. */
+static inline bool fcas_rx_may_write(unsigned flags)
+{
+    return (flags & (FCAS_RX_HASH_OK | FCAS_RX_LINK_ALONE)) != 0;
+}
 
 /* Write a checked chunk to its place. 0 or an errno value; short writes and EINTR are continued. */
 int fcas_rx_job_write(const fcas_rx_job *job, uint32_t index, const uint8_t *p);
 
 /* Read chunk `index` from fd at offset into buffer (chunk_size bytes), check it, and, if `write` and its hash
- * is right, write it to its place in the job. *flags gets FCAS_RX_* bits (0 when the file ends early).
+ * or its link alone is right, write it to its place in the job. *flags gets FCAS_RX_* bits (0 when the file ends early).
  * 0 or an errno value of the read or the write. Blocks. */
 int fcas_rx_job_take(const fcas_rx_job *job, uint32_t index, int fd, uint64_t offset, bool write, uint8_t *buffer,
                      unsigned *flags);

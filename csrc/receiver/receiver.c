@@ -1,3 +1,4 @@
+/* The receiver as its caller sees it: life, connections, requests on their way in and out. */
 #include "receiver/receiver.h"
 
 #include <errno.h>
@@ -10,75 +11,6 @@
 #include "receiver/internal.h"
 
 #define TARGET_MAX 1000u
-
-/* --- chunk buffers --- */
-
-void fcas_rx_pool_init(fcas_rx_pool *pool, size_t max)
-{
-    memset(pool, 0, sizeof *pool);
-    pthread_mutex_init(&pool->lock, NULL);
-    pool->max = max;
-}
-
-static void free_unused(fcas_rx_pool *pool)
-{
-    while (pool->free_list != NULL) {
-        fcas_rx_buffer *buffer = pool->free_list;
-        pool->free_list = buffer->next;
-        pool->total -= buffer->capacity;
-        free(buffer->bytes);
-        free(buffer);
-    }
-}
-
-void fcas_rx_pool_destroy(fcas_rx_pool *pool)
-{
-    free_unused(pool);
-    pthread_mutex_destroy(&pool->lock);
-}
-
-fcas_rx_buffer *fcas_rx_pool_get(fcas_rx_pool *pool, size_t size, bool *no_memory)
-{
-    fcas_rx_buffer *found = NULL;
-    *no_memory = false;
-    pthread_mutex_lock(&pool->lock);
-    for (fcas_rx_buffer **at = &pool->free_list; *at != NULL; at = &(*at)->next) {
-        if ((*at)->capacity >= size) {
-            found = *at;
-            *at = found->next;
-            break;
-        }
-    }
-    if (found == NULL && pool->total > 0 && pool->total + size > pool->max) {
-        free_unused(pool);
-    }
-    if (found == NULL && (pool->total == 0 || pool->total + size <= pool->max)) {
-        found = calloc(1, sizeof *found);
-        if (found != NULL && posix_memalign((void **)&found->bytes, 4096, size) != 0) {
-            free(found);
-            found = NULL;
-        }
-        if (found != NULL) {
-            found->capacity = size;
-            pool->total += size;
-        } else {
-            *no_memory = true;
-        }
-    }
-    pthread_mutex_unlock(&pool->lock);
-    return found;
-}
-
-void fcas_rx_pool_put(fcas_rx_pool *pool, fcas_rx_buffer *buffer)
-{
-    if (buffer == NULL) {
-        return;
-    }
-    pthread_mutex_lock(&pool->lock);
-    buffer->next = pool->free_list;
-    pool->free_list = buffer;
-    pthread_mutex_unlock(&pool->lock);
-}
 
 /* --- life --- */
 
@@ -162,7 +94,6 @@ void fcas_rx_free(fcas_rx *rx)
     }
     for (uint32_t i = 0; i < rx->n_started; i++) {
         pthread_join(rx->threads[i].thread, NULL);
-        fcas_rx_settler_destroy(&rx->threads[i].settler);
         pthread_mutex_destroy(&rx->threads[i].lock);
         close(rx->threads[i].wake_fd);
         close(rx->threads[i].epoll_fd);

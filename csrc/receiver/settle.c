@@ -46,22 +46,61 @@ static void write_now(fcas_rx_settler *s, fcas_rx_request *r, fcas_rx_buffer *bu
     report(s, r, buffer, r->sys_errno != 0 ? FCAS_RX_WRITE_FAILED : FCAS_RX_OK);
 }
 
-/* Report writes that are done; wait until there are at least so many. */
-static void reap(fcas_rx_settler *s, long at_least)
+static void release(fcas_rx_settler *s, fcas_rx_write *w)
+{
+    w->request = NULL;
+    w->next_free = s->free_writes;
+    s->free_writes = w;
+}
+
+/* The kernel does not say any more what became of the writes. Giving its context up waits for all of them; then
+ * ordinary writes have the last word. If that fails, too, the disk may still read the buffers: they are not used again,
+ * and the chunks end as WRITE_FAILED. */
+static void give_up(fcas_rx_settler *s, int error)
+{
+    const bool is_over = syscall(SYS_io_destroy, s->aio) == 0;
+    s->has_aio = false;
+    for (size_t i = 0; i < FCAS_RX_WRITES_MAX && s->n_writing > 0; i++) {
+        fcas_rx_write *w = &s->writes[i];
+        if (!w->is_submitted) {
+            continue;
+        }
+        fcas_rx_request *r = w->request;
+        w->is_submitted = false;
+        s->n_writing--;
+        release(s, w);
+        if (is_over) {
+            write_now(s, r, w->buffer);
+        } else {
+            r->sys_errno = error;
+            fcas_rx_deliver(s->rx, r, FCAS_RX_WRITE_FAILED);
+        }
+    }
+}
+
+/* Report writes that are done; wait until there is one if `wait`. After an error there are none left. */
+static void reap(fcas_rx_settler *s, bool wait)
 {
     struct io_event events[FCAS_RX_WRITES_MAX];
     struct timespec none = {0, 0};
-    const long n = syscall(SYS_io_getevents, s->aio, at_least, (long)FCAS_RX_WRITES_MAX, events,
-                           at_least > 0 ? NULL : &none);
+    long n;
+    do {
+        n = syscall(SYS_io_getevents, s->aio, wait ? 1L : 0L, (long)FCAS_RX_WRITES_MAX, events, wait ? NULL : &none);
+    } while (n < 0 && errno == EINTR);
+    if (n < 0 || (n == 0 && wait)) {
+        give_up(s, n < 0 ? errno : EIO);
+        return;
+    }
     for (long i = 0; i < n; i++) {
         fcas_rx_write *w = (fcas_rx_write *)(uintptr_t)events[i].data;
-        w->next_free = s->free_writes;
-        s->free_writes = w;
+        fcas_rx_request *r = w->request;
+        w->is_submitted = false;
         s->n_writing--;
+        release(s, w);
         if (events[i].res == (int64_t)w->io.aio_nbytes) {
-            report(s, w->request, w->buffer, FCAS_RX_OK);
+            report(s, r, w->buffer, FCAS_RX_OK);
         } else {
-            write_now(s, w->request, w->buffer); /* a short write, or an error: an ordinary write has the last word */
+            write_now(s, r, w->buffer); /* a short write, or an error: an ordinary write has the last word */
         }
     }
 }
@@ -71,7 +110,7 @@ void fcas_rx_settler_written(fcas_rx_settler *s)
     uint64_t count;
     (void)!read(s->written_fd, &count, sizeof count);
     if (s->n_writing > 0) {
-        reap(s, 0);
+        reap(s, false);
     }
 }
 
@@ -85,9 +124,7 @@ static fcas_rx_write *prepare_write(fcas_rx_settler *s, fcas_rx_request *r, fcas
 {
     if (s->free_writes == NULL) {
         const uint64_t from_ns = fcas_rx_clock_ns();
-        while (s->free_writes == NULL) {
-            reap(s, 1);
-        }
+        reap(s, true); /* all are under way, so that there is a free one afterwards */
         fcas_rx_spent(&s->write_ns, from_ns);
     }
     fcas_rx_write *w = s->free_writes;
@@ -115,17 +152,19 @@ static void submit(fcas_rx_settler *s, struct iocb **ios, long n)
         if (taken <= 0) {
             break;
         }
-        done += taken;
-        s->n_writing += (size_t)taken;
+        for (const long end = done + taken; done < end; done++) {
+            ((fcas_rx_write *)(uintptr_t)ios[done]->aio_data)->is_submitted = true;
+            s->n_writing++;
+        }
     }
     if (n > 0) {
         fcas_rx_spent(&s->write_ns, from_ns);
     }
     for (; done < n; done++) { /* refused: an ordinary write has the last word */
         fcas_rx_write *w = (fcas_rx_write *)(uintptr_t)ios[done]->aio_data;
-        w->next_free = s->free_writes;
-        s->free_writes = w;
-        write_now(s, w->request, w->buffer);
+        fcas_rx_request *r = w->request;
+        release(s, w);
+        write_now(s, r, w->buffer);
     }
 }
 
@@ -153,8 +192,8 @@ void fcas_rx_settle(fcas_rx_settler *s)
     fcas_rx_spent(&s->hash_ns, from_ns);
     for (size_t i = 0; i < n; i++) {
         fcas_rx_request *r = s->requests[i];
-        r->flags = fcas_rx_check_end(&checks[i], r->job, r->index, r->digest);
-        if ((r->flags & FCAS_RX_HASH_OK) == 0) {
+        r->flags = fcas_rx_check_end(&checks[i], r->job, r->index, s->buffers[i]->bytes, r->digest);
+        if (!fcas_rx_may_write(r->flags)) {
             report(s, r, s->buffers[i], FCAS_RX_CORRUPT);
         } else if (goes_direct(s, r)) {
             ios[n_direct++] = &prepare_write(s, r, s->buffers[i])->io;
@@ -167,6 +206,12 @@ void fcas_rx_settle(fcas_rx_settler *s)
 
 void fcas_rx_settler_add(fcas_rx_settler *s, fcas_rx_request *request, fcas_rx_buffer *buffer)
 {
+    const uint64_t now = fcas_rx_clock_us();
+    if (s->n_whole == 0) {
+        s->whole_since_us = now;
+    }
+    s->gap_us = now - s->last_us;
+    s->last_us = now;
     s->requests[s->n_whole] = request;
     s->buffers[s->n_whole++] = buffer;
     if (s->n_whole == FCAS_RX_TOGETHER) {
@@ -176,8 +221,8 @@ void fcas_rx_settler_add(fcas_rx_settler *s, fcas_rx_request *request, fcas_rx_b
 
 void fcas_rx_settler_destroy(fcas_rx_settler *s)
 {
-    while (s->n_writing > 0) {
-        reap(s, 1);
+    while (s->n_writing > 0) { /* each turn ends one at least */
+        reap(s, true);
     }
     if (s->has_aio) {
         (void)syscall(SYS_io_destroy, s->aio);

@@ -12,7 +12,7 @@ import click
 from fastcas.cli.options import check_fetch, check_network, fetch_options, network_options, storage_option
 from fastcas.config import storage_root
 from fastcas.errors import UsageError
-from fastcas.ids import escape_for_terminal, parse_ref
+from fastcas.ids import escape_for_terminal, parse_member
 from fastcas.limits import MIB, STALL_TIMEOUT_S
 
 __all__ = ["cat_command"]
@@ -33,7 +33,7 @@ def parse_range(text: str) -> tuple[int, int | None]:
 
 
 @click.command("cat")
-@click.argument("ref", metavar="REF")
+@click.argument("ref", metavar="REF[/PATH]")
 @click.option("--range", "text", metavar="A-B", help="bytes A to B only, both included, from 0; A-: to the end")
 @storage_option
 @network_options
@@ -44,8 +44,11 @@ def cat_command(
     ref: str, text: str | None, storage_dir: str, peers: tuple[str, ...], bootstrap: tuple[str, ...], timeout: float,
     network_key: str | None, origins: tuple[str, ...], max_download: str | None, stall_timeout: float,
 ) -> None:  # fmt: skip
-    """Write a file to stdout, in order, every byte proven; by link at once, by hash when all that follows is here."""
-    link = parse_ref(ref)
+    """Write a file to stdout, in order, every byte proven; by link at once, by hash when all that follows is here.
+
+    REF/PATH is one file of a directory.
+    """
+    link = parse_member(ref)
     check_network(peers, bootstrap, timeout)
     if not math.isfinite(stall_timeout):
         raise UsageError(f"--stall-timeout: expected a number of seconds, got {stall_timeout}")

@@ -11,13 +11,14 @@ import click
 
 from fastcas.config import storage_root
 from fastcas.errors import UsageError
-from fastcas.ids import parse_peer, parse_rate
+from fastcas.ids import Link, parse_peer, parse_rate
 
 if TYPE_CHECKING:
     from fastcas.node.access import Access
 
 __all__ = [
-    "check_fetch", "check_network", "fetch_options", "json_option", "network_options", "open_storage", "storage_option",
+    "check_choice", "check_fetch", "check_network", "choice_options", "fetch_options", "json_option", "network_options",
+    "open_storage", "storage_option",
 ]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -77,6 +78,35 @@ def fetch_options(function: F) -> F:
     ):  # fmt: skip
         function = option(function)
     return function
+
+
+def choice_options(function: F) -> F:
+    """Add --include and --exclude."""
+    for option in (
+        click.option("--exclude", multiple=True, metavar="GLOB", help="of a directory: not these (repeatable)"),
+        click.option("--include", multiple=True, metavar="GLOB",
+                     help="of a directory: only these files (repeatable); '*.txt' and 'docs' fit names at any depth, "
+                          "'a/*.txt' and '/README' paths from the top, '**' any folders between"),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def check_choice(link: Link, include: Sequence[str], exclude: Sequence[str], *, raw: bool) -> dict[str, Any]:
+    """Return what `choice_options` took, as arguments of a request.
+
+    Raises:
+        UsageError: The message names the option.
+    """
+    if include or exclude:
+        from fastcas.fetch.choosing import Choice
+
+        Choice(include, exclude)
+        if raw or link.path is not None:
+            raise UsageError(f"--include, --exclude: cannot be used with {'--raw' if raw else 'REF/path'}")
+    if raw and link.path is not None:
+        raise UsageError("--raw: cannot be used with REF/path")
+    return {"include": list(include), "exclude": list(exclude)}
 
 
 def check_fetch(origins: Sequence[str], max_download: str | None) -> dict[str, Any]:

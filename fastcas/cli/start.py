@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["fastcas", "fastcas_node", "raise_interrupts"]
 
 INTERRUPTED = 7
+# Nearly all that the collector would look at is modules: it comes after so many new objects, not every 700.
+COLLECT = (50_000, 20, 20)
 _PROGRAM = "fastcas"
 
 
@@ -40,9 +42,11 @@ def _run(program: str, module: str, arguments: Sequence[str] | None) -> int:
     global _PROGRAM
     _PROGRAM = program
     try:
+        import gc
         import signal
         from importlib import import_module
 
+        gc.set_threshold(*COLLECT)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where interrupts are ignored
             signal.signal(signal.SIGINT, _end)
         status: int = import_module(module).main(arguments)

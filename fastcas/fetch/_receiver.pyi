@@ -12,7 +12,14 @@ class Job:
     """One file being fetched: its manifest's arrays and where chunks are written. Copies and duplicates both."""
 
     def __init__(
-        self, manifest: Manifest, fd: int, parity_fd: int = -1, *, direct_fd: int = -1, check_links: bool = True
+        self,
+        manifest: Manifest,
+        fd: int,
+        parity_fd: int = -1,
+        *,
+        direct_fd: int = -1,
+        check_links: bool = True,
+        links_alone: bool = False,
     ) -> None:
         """Bind a manifest to a part file.
 
@@ -23,13 +30,14 @@ class Job:
             direct_fd: The part file opened with O_DIRECT: whole chunks go past the page cache; -1: through it.
             check_links: Of data chunks, beside their own hashes; half of the hashing. A file's only chunk proves
                 its link in any case.
+            links_alone: Where a link is checked and holds, the own hash is not computed; half of the hashing, too.
         Raises:
             OSError: The descriptors cannot be duplicated.
             MemoryError: No memory for the arrays.
         """
 
     def take(self, index: int, fd: int, offset: int, write: bool) -> int:
-        """Check a chunk that is on this machine, and write it to its place if `write` and its hash is right.
+        """Check a chunk that is on this machine, and write it to its place if `write` and it is right.
 
         Args:
             index: Chunk number, data first, then parity.

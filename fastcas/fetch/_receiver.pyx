@@ -69,6 +69,7 @@ cdef extern from "receiver/job.h" nogil:
         const uint8_t *parity_hashes
         uint8_t file_hash[32]
         bint check_links
+        bint links_alone
         const fcas_sha256_kernel *kernel
     ctypedef struct fcas_rx_job:
         pass
@@ -153,7 +154,8 @@ cdef class Job:
     cdef fcas_rx_job *_job
     cdef uint32_t _chunk_size
 
-    def __cinit__(self, manifest, int fd, int parity_fd=-1, *, int direct_fd=-1, bint check_links=True):
+    def __cinit__(self, manifest, int fd, int parity_fd=-1, *, int direct_fd=-1, bint check_links=True,
+                  bint links_alone=False):
         cdef fcas_rx_layout layout
         cdef bytes hashes = manifest.hashes
         cdef bytes midstates = manifest.midstates
@@ -167,6 +169,7 @@ cdef class Job:
         layout.n_parity = manifest.n_parity
         layout.kernel = _kernel
         layout.check_links = check_links
+        layout.links_alone = links_alone
         layout.k = manifest.k
         layout.m = manifest.m
         # Manifest's constructor holds these lengths; they are checked again because C trusts them.

@@ -18,7 +18,7 @@ from fastcas.fetch.download import DownloadResult, LocalChunks, Progress, downlo
 from fastcas.fetch.downloader import P2PChunkDownloader
 from fastcas.fetch.manifests import find_manifest
 from fastcas.fetch.pacing import Pace
-from fastcas.ids import Link, PeerAddr, parse_peer, parse_rate, parse_ref
+from fastcas.ids import Link, PeerAddr, parse_member, parse_peer, parse_rate
 from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
 from fastcas.metadata import Manifest
 from fastcas.peers.dht_process import DhtProcess
@@ -148,8 +148,10 @@ class P2PClient:
     ) -> Path | None:
         """Fetch a file; returns its path, or None when that failed (the reason is logged).
 
+        Cancelling it ends the download; the part file is kept, and the next call goes on from there.
+
         Args:
-            file_hash: 64 hex digits, or a fastcas:// link.
+            file_hash: 64 hex digits, or a fastcas:// link; followed by /path: that file of a collection.
             out: File to create; None: the stored name in `download_dir`.
             progress: Called a few times a second.
             force: Replace a destination with other content.
@@ -180,9 +182,20 @@ class P2PClient:
         trust_resume: bool = False,
         origins: Sequence[str] = (),
         max_download: int | str | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
     ) -> DownloadResult:
-        """`download_file` that raises; arguments and errors as `fastcas.fetch.download`."""
-        link = parse_ref(ref) if isinstance(ref, str) else ref
+        """`download_file` that raises; arguments and errors as `fastcas.fetch.download`.
+
+        Args:
+            include, exclude: Patterns for the files of a collection, as in `fastcas.fetch.choosing`; without: all.
+        """
+        link = parse_member(ref) if isinstance(ref, str) else ref
+        choice = None
+        if include or exclude:
+            from fastcas.fetch.choosing import Choice
+
+            choice = Choice(include, exclude)
         target = Path(out) if out is not None else None
         async with self._joined_through(link):
             return await download(
@@ -200,6 +213,7 @@ class P2PClient:
                 folder=self.download_dir,
                 origins=origins,
                 pace=Pace(parse_rate(str(max_download), "max_download")) if max_download is not None else None,
+                choice=choice,
             )
 
     async def shutdown(self) -> None:

@@ -16,6 +16,7 @@ from fastcas.ids import Link, PeerAddr
 from fastcas.metadata import Manifest
 
 if TYPE_CHECKING:
+    from fastcas.fetch.choosing import Choice, Chosen
     from fastcas.fetch.seeds import SeedFiles
     from fastcas.peers.discovery import Discovery
     from fastcas.store.collection import Collection
@@ -70,6 +71,12 @@ class DownloadHooks(Protocol):
     def on_tree(self, tree: FetchedTree) -> None:
         """A collection's folder is at its place, whole."""
 
+    def member(self) -> DownloadHooks:
+        """Return the hooks for one file of a collection: several are fetched at once."""
+
+    def end(self) -> None:
+        """No more of this file comes: it is finished, or was given up. Told of a collection's files only."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -100,6 +107,7 @@ class DownloadResult:
         banned: Peers that lied or broke the protocol, with the reason.
         bytes_by_origin: By URL. failed_origins: By URL, why one is not asked any more.
         explained: What limited it.
+        chosen: Of a collection of which not everything was wanted.
     """
 
     path: Path
@@ -114,6 +122,7 @@ class DownloadResult:
     bytes_by_origin: dict[str, int] = field(default_factory=dict)
     failed_origins: dict[str, str] = field(default_factory=dict)
     explained: Explained = field(default_factory=Explained)
+    chosen: Chosen | None = None
 
 
 @dataclass
@@ -139,6 +148,10 @@ class Settings:
     known: Sequence[Manifest] = ()
     reserve: Callable[[Manifest, Collection | None], Awaitable[None]] | None = None
     seeds: SeedFiles | None = None
+    choice: Choice | None = None
+    is_part_of_tree: bool = False  # what is fetched must be a collection
+    wanted: Callable[[Manifest], int] | None = None  # the chunk set that is needed of a file
+    is_busy: Callable[[], bool] | None = None
 
     def origins_of_file(self) -> list[str]:
         """Return the origins that name a file; the others name a collection's folder."""
@@ -172,11 +185,13 @@ async def download(
     known: Sequence[Manifest] = (),
     reserve: Callable[[Manifest, Collection | None], Awaitable[None]] | None = None,
     seed_from: Sequence[Path] = (),
+    choice: Choice | None = None,
+    is_busy: Callable[[], bool] | None = None,
 ) -> DownloadResult:
     """Fetch a file from everybody who has it, prove it, and put it at its place.
 
     Args:
-        link: File hash, and what helps: manifest hash, peers, name.
+        link: File hash, and what helps: manifest hash, peers, name; with a path, that file of the collection.
         out: File to create; None = the stored name, made safe, in `folder` (the current one by default).
         discovery: How to find more peers; None = only those of `link` and `peers`.
         peers: That the user named; their addresses are not filtered, their manifests trusted for scheduling.
@@ -196,10 +211,13 @@ async def download(
         reserve: Awaited before the bytes of a file, or (then with it) the files of a collection are fetched; what it
             raises ends the download.
         seed_from: Files and folders in which chunks may lie; peers are asked for the rest once they were looked at.
+        choice: Which files of the collection; None: all.
+        is_busy: Whether others wait for our own uplink: seeds are not asked for what is new meanwhile.
     Returns:
         The result; for a collection, of the folder.
     Raises:
-        UsageError: An origin is no http or https URL.
+        UsageError: An origin is no http or https URL, or something is to be chosen of a file that is no collection.
+        NotFound: The collection has no file at the link's path, or none that is chosen; nothing of it was fetched.
         NoPeers: Nobody has the file, or no manifest, within `timeout_s`.
         ChunkNotFound: Nobody is left who has what is missing; the part file is kept.
         Stalled: Next to nothing came for `stall_timeout_s`; the part file is kept.
@@ -209,16 +227,24 @@ async def download(
     """
     from fastcas.fetch.filefetch import FileFetch
     from fastcas.fetch.receiver import AsyncReceiver
-    from fastcas.fetch.seeds import SeedFiles
 
+    seeds = None
+    if seed_from:
+        from fastcas.fetch.seeds import SeedFiles
+
+        seeds = SeedFiles(seed_from)
     settings = Settings(
         discovery, tuple(peers), local, node_id, data_port, timeout_s, stall_timeout_s, hooks, progress,
         trust_resume, force, raw, folder, callers, [parse_origin(url, "origin") for url in origins], pace, known,
-        reserve, SeedFiles(seed_from) if seed_from else None,
+        reserve, seeds, choice, choice is not None, is_busy=is_busy,
     )  # fmt: skip
 
     receiver = AsyncReceiver()
     try:
+        if link.path is not None:
+            from fastcas.fetch.member import fetch_member
+
+            return await fetch_member(link, link.path, out, settings, receiver)
         fetch = FileFetch(link, out, settings, receiver)
         result = await fetch.run()
         if fetch.is_collection:

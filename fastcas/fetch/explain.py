@@ -57,9 +57,10 @@ class Explained:
         return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
     def to_map(self) -> dict[str, object]:
-        """Return it for `--json`."""
+        """Return it for `--json`; chunks that nobody had for no more than a moment are not mentioned."""
         shares = {cause: round(share, 3) for cause, share in self.shares().items()}
-        return {"limited_by": self.limited_by, "shares": shares, "n_unheld": self.n_unheld}
+        n_unheld = self.n_unheld if "unheld" in shares else 0
+        return {"limited_by": self.limited_by, "shares": shares, "n_unheld": n_unheld}
 
 
 class Meter:

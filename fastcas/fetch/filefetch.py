@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastcas.errors import DestinationExists, FastCASError, NoPeers
+from fastcas.errors import DestinationExists, FastCASError, NoPeers, UsageError
 from fastcas.fetch.crowd import Crowd
 from fastcas.fetch.download import DownloadResult, Progress, Settings
 from fastcas.fetch.explain import Explained, Meter
@@ -27,7 +27,7 @@ from fastcas.fetch.remote import Remote
 from fastcas.fetch.tasks import TaskSet
 from fastcas.fetch.trust import Chain
 from fastcas.ids import Link, PeerAddr, short
-from fastcas.limits import MIB
+from fastcas.limits import COLLECTION_SIZE_MAX, MIB
 from fastcas.metadata import Manifest
 
 __all__ = ["FileFetch"]
@@ -121,7 +121,7 @@ class FileFetch:
     def _explained(self) -> Explained:
         return self._meter.end(time.monotonic())
 
-    def _of_origins(self) -> dict[str, dict[str, Any]]:
+    def _of_origins(self) -> dict[str, Any]:
         origins = self._origins.origins if self._origins is not None else []
         return {
             "bytes_by_origin": {origin.shown: origin.n_bytes for origin in origins if origin.n_bytes},
@@ -134,6 +134,8 @@ class FileFetch:
         if self.over_folder and not self.settings.raw:
             return None  # the same collection may be there: that is known once its content is
         same = await asyncio.to_thread(has_content, out, self.file_hash)
+        if same and self.settings.is_part_of_tree:
+            raise self._no_collection()
         if same:
             await asyncio.to_thread(clear_leftovers, out)
             return await asyncio.to_thread(hash_existing, out)
@@ -157,6 +159,8 @@ class FileFetch:
         """Get every chunk of the manifest into the part file; returns whether the content is proven."""
         assert self._out is not None
         out = self._out
+        if self.settings.is_part_of_tree and manifest.size > COLLECTION_SIZE_MAX:
+            raise self._no_collection()
         if self.settings.reserve is not None:
             await self.settings.reserve(manifest, None)
         await asyncio.to_thread(prepare_folder, out.parent)
@@ -169,7 +173,8 @@ class FileFetch:
         trusted = self.link.manifest_hash is not None or giver.source in ("user", "link")
         # By link, chunks by themselves are proven; who will serve the file asks for its whole content, too.
         is_checked = self.link.manifest_hash is None or self.settings.hooks is not None
-        chain = Chain(manifest, trusted=trusted, is_checked=is_checked)
+        wanted = self.settings.wanted(manifest) if self.settings.wanted is not None else None
+        chain = Chain(manifest, trusted=trusted, is_checked=is_checked, wanted=wanted)
         filling = Filling(manifest, self.part, chain, self.crowd, self.receiver, self.settings, self._meter)
         self._filling = filling
         self._origins = filling.origins
@@ -178,7 +183,7 @@ class FileFetch:
         finally:
             self._filling = None
             self._resumed_bytes, self._local_bytes = filling.resumed_bytes, filling.local_bytes
-        return filling.chain.content_proven or await self._prove(manifest, self.part)
+        return filling.chain.content_proven or (wanted is None and await self._prove(manifest, self.part))
 
     async def _prove(self, manifest: Manifest, part: PartFile) -> bool:
         """Hash the whole content of chunks without links: what they add up to must be the file."""
@@ -211,6 +216,9 @@ class FileFetch:
         if not self.settings.raw and await asyncio.to_thread(part.starts_with, COLLECTION_LINE):
             self.is_collection = True
             return part.path
+        if self.settings.is_part_of_tree:
+            await asyncio.to_thread(part.discard)
+            raise self._no_collection()
         if self.over_folder:
             await asyncio.to_thread(part.discard)
             raise DestinationExists(f"{part.out}: is a folder, {short(self.file_hash)} is a file; it was left alone")
@@ -225,6 +233,11 @@ class FileFetch:
         self.crowd.close()
         if self.part is not None and not self.is_collection:
             self.part.close()
+
+    def _no_collection(self) -> UsageError:
+        return UsageError(
+            f"REF: {short(self.file_hash)} is a file and no collection, so nothing can be chosen of it"
+        )
 
     def _fail(self, error: FastCASError) -> None:
         self.crowd.fail(error)

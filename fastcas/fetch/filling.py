@@ -1,7 +1,7 @@
 """The chunks of one file on their way into its part file: from this machine, from peers, from parity.
 
 `scheduler` decides whom to ask for what, the receiver fetches and checks, `trust` judges, `localwork` and `rebuild` get
-chunks without asking anybody. Owns the decision to give up.
+chunks without asking anybody, `patience` says when nothing more is to be hoped for.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import os
 import random
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from fastcas import limits
 from fastcas.errors import ChunkNotFound, FastCASError, ManifestCorrupt, Stalled
 from fastcas.fetch._receiver import Job
 from fastcas.fetch.crowd import Crowd
@@ -22,28 +22,27 @@ from fastcas.fetch.explain import Meter
 from fastcas.fetch.localwork import check_batch
 from fastcas.fetch.origins import LACKING_S, Origins
 from fastcas.fetch.partfile import PartFile, storage_error
+from fastcas.fetch.patience import SLOW_BPS, TICK_S, Patience, too_slow
 from fastcas.fetch.rebuild import ParityPlan
 from fastcas.fetch.receiver import HASH_OK, Answer, AsyncReceiver, Outcome, describe
 from fastcas.fetch.remote import Remote
 from fastcas.fetch.scheduler import Ask, Scheduler, bits, lowest_bits, to_set
-from fastcas.fetch.seeds import SeedFiles
 from fastcas.fetch.swarmview import next_target
 from fastcas.fetch.tasks import TaskSet
 from fastcas.fetch.trust import Chain, Verdict, judge
 from fastcas.ids import short
 from fastcas.metadata import Manifest
 
+if TYPE_CHECKING:
+    from fastcas.fetch.seeds import SeedFiles
+
 __all__ = ["Filling", "ManifestConvictedError"]
 
-TICK_S = 0.25
 LOCAL_BATCH = 16  # chunks checked per visit to a thread
-SLOW_BPS = 4 * limits.KIB
-SLOW_WINDOW_S = 30.0
 OTHERS_S = 1.0  # others who started with us are known by then
 PARITY_AFTER_S = 1.0  # nobody has had a data chunk for so long: parity is asked for
 REPORTS = 20  # of progress per file at least, however fast it comes
 CUTS_MAX = 3  # answers cut short in a row before the peer is banned
-QUIET_S = 1.0  # after so long without a byte, progress says what is waited for
 
 
 class ManifestConvictedError(ManifestCorrupt):
@@ -77,10 +76,13 @@ class Filling:
         self._receiver = receiver
         self._tasks = TaskSet(f"file {short(manifest.file_hash)}", self.fail)
         self._part = part
+        # Who serves chunks needs their own hashes, too; for the content the links are enough.
+        serves = settings.hooks is not None or settings.data_port is not None
         self._job = Job(
-            manifest, part.fd, part.parity_fd, direct_fd=part.direct_fd, check_links=chain.is_checked
-        )
-        self._data = (1 << manifest.n_chunks) - 1
+            manifest, part.fd, part.parity_fd, direct_fd=part.direct_fd, check_links=chain.is_checked,
+            links_alone=not serves,
+        )  # fmt: skip
+        self._data = chain.wanted
         missing = self._data & ~to_set(part.candidates, manifest.n_chunks)
         self._held_back = missing if settings.seeds is not None else 0  # chunk set: peers are asked after seed files
         is_new = missing == self._data
@@ -90,6 +92,7 @@ class Filling:
             manifest.n_total, mean, wanted=missing & ~self._held_back, rng=random.Random(), others_until=others_until
         )
         self._scheduler.allowed = chain.allowed()
+        self._scheduler.is_busy = settings.is_busy
         self._meter = meter
         self._pace = settings.pace
         urls = settings.origins_of_file()
@@ -108,11 +111,7 @@ class Filling:
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._local_work: asyncio.Task[None] | None = None
         self._wake: asyncio.TimerHandle | None = None
-        self._last_byte = self._last_tick = time.monotonic()
-        self._n_here = 0
-        self._patience_s = settings.stall_timeout_s
-        self._n_received = self._received()
-        self._rate = 0.0
+        self._patience = Patience(settings.stall_timeout_s, time.monotonic(), self._received())
         self._unheld_since: float | None = None
         self._is_paced = False  # the limit of the rate held something back
 
@@ -153,6 +152,8 @@ class Filling:
 
     def _on_have(self, remote: Remote) -> None:
         self._scheduler.add_peer(remote.addr)
+        if not self.chain.takes_any:
+            self._scheduler.peers[remote.addr].gives_next = False
         self._scheduler.set_have(remote.addr, remote.have, is_seed=remote.is_seed)
         if remote.came_back:
             remote.came_back = False
@@ -474,17 +475,13 @@ class Filling:
     def _tick(self) -> None:
         """Four times a second: rates, slow peers, parity, and whether anybody can still help."""
         now = time.monotonic()
-        received = self._received()
         # Where we hold back ourselves, silence is no stall.
         local_busy = self._local_work is not None and not self._local_work.done()
         local_busy = local_busy or self._is_paced or not self.is_short()
-        if received > self._n_received or local_busy:
-            self._last_byte = now
-        self._lose_patience(now, received - self._n_received, is_progress=local_busy)
-        sample = max(0, received - self._n_received) / TICK_S
-        self._rate = sample if self._rate == 0 else 0.8 * self._rate + 0.2 * sample
-        self._n_received = received
-        self._shed_slow(now)
+        self._patience.tick(now, self._received(), self._here.bit_count(), is_held=local_busy)
+        usable = [(self._crowd.remotes[peer.key], bool(peer.in_flight)) for peer in self._scheduler.usable_peers()]  # type: ignore[index]
+        for remote in too_slow(usable, now):
+            self._crowd.ban(remote, f"slower than {SLOW_BPS} B/s over 30 s")
         if self._parity is not None:
             self._use_parity(self._parity, now)
         self._pump()
@@ -493,7 +490,7 @@ class Filling:
         self._report(now)
         is_idle = not local_busy and not self._is_rebuilding() and not self._scheduler.n_in_flight
         hopeless = is_idle and self._crowd.is_hopeless() and not (self.origins and self.origins.can_help())
-        if hopeless or self._patience_s <= 0:
+        if hopeless or self._patience.is_over:
             self.fail(self._stuck(stalled=not hopeless))
 
     def _received(self) -> int:
@@ -508,33 +505,6 @@ class Filling:
                 held |= peer.have
         lacking = scheduler.free & scheduler.allowed & self._data & ~held
         origins.offer(lacking, now, nobody_comes=self._crowd.is_hopeless())
-
-    def _lose_patience(self, now: float, n_bytes: int, *, is_progress: bool) -> None:
-        """Bytes buy time at 4 KiB/s, a chunk that is right buys all of it: who only trickles is given up, too."""
-        limit_s = self._settings.stall_timeout_s
-        n_here = self._here.bit_count()
-        if is_progress or n_here > self._n_here:
-            self._patience_s = limit_s
-        else:
-            lost_s = min(now - self._last_tick, 4 * TICK_S)  # a longer tick was our own pause
-            self._patience_s = min(limit_s, self._patience_s - lost_s + max(0, n_bytes) / SLOW_BPS)
-        self._last_tick, self._n_here = now, n_here
-
-    def _shed_slow(self, now: float) -> None:
-        """Drop a peer that gave less than 4 KiB/s over 30 s while others could be asked instead."""
-        usable = self._scheduler.usable_peers()
-        for peer in usable:
-            remote = self._crowd.remotes[peer.key]  # type: ignore[index]
-            if not peer.in_flight:
-                remote.shed_mark = None
-                continue
-            got = remote.received()
-            if remote.shed_mark is None:
-                remote.shed_mark = (now, got)
-            elif now - remote.shed_mark[0] >= SLOW_WINDOW_S:
-                if got - remote.shed_mark[1] < SLOW_BPS * SLOW_WINDOW_S and len(usable) > 1:
-                    self._crowd.ban(remote, f"slower than {SLOW_BPS} B/s over {SLOW_WINDOW_S:g} s")
-                remote.shed_mark = (now, got)
 
     def _stuck(self, *, stalled: bool) -> FastCASError:
         manifest, scheduler = self.manifest, self._scheduler
@@ -561,14 +531,15 @@ class Filling:
             return
         scheduler = self._scheduler
         waiting_on = ""
-        if now - self._last_byte >= QUIET_S:
+        if self._patience.is_quiet(now):
             unheld = scheduler.unheld().bit_count()
             if unheld:
                 waiting_on = f"{unheld} chunks that nobody has"
             else:
                 waiting_on = f"{scheduler.n_in_flight} chunks in flight" if scheduler.n_in_flight else "peers"
         n_peers = len(scheduler.usable_peers())
-        self._settings.progress(Progress(self._bytes_done, self.manifest.size, self._rate, n_peers, waiting_on))
+        rate = self._patience.rate_Bps
+        self._settings.progress(Progress(self._bytes_done, self.manifest.size, rate, n_peers, waiting_on))
 
 
 def _convicted(manifest: Manifest, index: int, where: str) -> ManifestConvictedError:

@@ -16,9 +16,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from fastcas.errors import FastCASError, Interrupted, UsageError
+from fastcas.errors import FastCASError, Interrupted, StoreError, UsageError
 from fastcas.fetch.crowd import Crowd
-from fastcas.fetch.download import FetchedTree, Settings
+from fastcas.fetch.download import DownloadHooks, FetchedTree, Settings
 from fastcas.fetch.explain import Meter
 from fastcas.fetch.filling import Filling, ManifestConvictedError
 from fastcas.fetch.journal import Journal
@@ -26,7 +26,7 @@ from fastcas.fetch.partfile import PartFile, storage_error
 from fastcas.fetch.receiver import AsyncReceiver
 from fastcas.fetch.tasks import TaskSet
 from fastcas.fetch.trust import Chain
-from fastcas.ids import Link, short
+from fastcas.ids import Link, PeerAddr, short
 from fastcas.limits import MIB
 from fastcas.metadata import Manifest
 
@@ -88,6 +88,7 @@ class _Window(Chain):
         super().__init__(manifest, trusted=trusted)
         self._chunks = manifest.n_chunks
         self.by_link = by_link
+        self.takes_any = False
         self.first, self.end = 0, 0
 
     def allowed(self) -> int:
@@ -104,14 +105,16 @@ class OrderedFetch:
         manifest: Known after `open`.
     """
 
-    def __init__(self, link: Link, settings: Settings, *, keeps: bool) -> None:
+    def __init__(self, link: Link, settings: Settings, *, keeps: bool, read_ahead: int = READ_AHEAD) -> None:
         """Prepare; inside the loop that will be used.
 
         Args:
             link: What to read. settings: As for a download; `local` and `hooks` are not used.
             keeps: What was read may be read again; if not, its space is given back.
+            read_ahead: Bytes behind what is read that are fetched meanwhile.
         """
         self.link = link
+        self._read_ahead = read_ahead
         self.manifest: Manifest | None = None
         self._settings = replace(settings, hooks=self, local=None)
         self._keeps = keeps
@@ -193,7 +196,7 @@ class OrderedFetch:
     def _is_ready(self, start: int, end: int) -> bool:
         assert self.manifest is not None
         first, last = self._chunks_before(start + 1) - 1, self._chunks_before(end)
-        ahead = min(self.manifest.n_chunks, max(last + 1, self._chunks_before(end + READ_AHEAD)))
+        ahead = min(self.manifest.n_chunks, self._chunks_before(end + self._read_ahead) if self._read_ahead else last)
         if (first, ahead) != (self._chain.first, self._chain.end):
             self._chain.first, self._chain.end = first, ahead
             if self._filling is not None:
@@ -207,6 +210,31 @@ class OrderedFetch:
         """The number of chunks that begin before `offset`."""
         assert self.manifest is not None
         return self.manifest.chunk_at(min(offset, self.manifest.size) - 1) + 1 if offset > 0 else 0
+
+    def peers(self) -> tuple[PeerAddr, ...]:
+        """Return those who can be asked."""
+        return tuple(
+            remote.addr
+            for remote in self._crowd.remotes.values()
+            if remote.banned is None and not remote.lacks_file
+        )
+
+    async def read(self, start: int, end: int) -> bytes:
+        """Return bytes start..end-1, once they are ready.
+
+        Raises:
+            FastCASError: As `download`.
+        """
+        data = memoryview(bytearray(end - start))
+        at = 0
+        while at < len(data):
+            step = min(READ_AHEAD, len(data) - at)
+            await self.ready(start + at, start + at + step)
+            n = await asyncio.to_thread(self.read_into, data[at : at + step], start + at)
+            if n == 0:
+                raise StoreError(f"{self._spool.path}: temporary file: shorter than what was written")
+            at += n
+        return bytes(data)
 
     def read_into(self, view: memoryview, start: int) -> int:
         """Copy bytes that are `ready`; returns how many. From any thread."""
@@ -250,3 +278,10 @@ class OrderedFetch:
 
     def on_tree(self, tree: FetchedTree) -> None:
         """Not called: a collection is read as a file."""
+
+    def member(self) -> DownloadHooks:
+        """Not called, likewise."""
+        raise AssertionError("a collection is read as a file")
+
+    def end(self) -> None:
+        """Not called, likewise."""

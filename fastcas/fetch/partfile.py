@@ -11,7 +11,6 @@ import errno
 import hashlib
 import os
 import stat
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -187,6 +186,8 @@ class PartFile:
         if self._manifest.size:
             self._allocate()
         if self._manifest.n_parity:
+            import tempfile
+
             # Without a name: parity is fetched again after a restart, it is rarely needed and small.
             with tempfile.TemporaryFile(dir=self.path.parent) as file:
                 self.parity_fd = os.dup(file.fileno())

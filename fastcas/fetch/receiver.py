@@ -27,11 +27,12 @@ from fastcas.errors import (
 from fastcas.fetch import _receiver
 from fastcas.ids import PeerAddr
 
-__all__ = ["HASH_OK", "HAS_LINK", "LINK_OK", "Answer", "AsyncReceiver", "Outcome", "describe", "error_of"]
+__all__ = ["HASH_OK", "HAS_LINK", "LINK_ALONE", "LINK_OK", "Answer", "AsyncReceiver", "Outcome", "describe", "error_of"]
 
 HASH_OK = 1
 LINK_OK = 2
 HAS_LINK = 4
+LINK_ALONE = 8
 
 
 class Outcome(IntEnum):

@@ -15,6 +15,7 @@ Rules (numbers of the distribution strategy in docs/P2P_ARCHITECTURE.md):
   leechers, 2 with some, 4 with none; all peers together stay below the memory cap;
 * rarest first, ties at random; with nobody but seeds, runs of consecutive chunks (kind to disks on both sides);
 * busy: 50 ms of rest; failures: 0.5 s doubled up to 30 s, and a minute after three in a row while others are there;
+* busy ourselves (`is_busy`): no NEXT while anything else is in flight; what is new must not wait for us to pass it on;
 * NEXT: while other leechers exist, a seed is asked to choose (rules 4-12) until it has nothing new. One that does not
   answer for two seconds does not count, and the others may be asked by name meanwhile.
 """
@@ -38,9 +39,11 @@ PARK_S = 60.0
 PARK_AFTER = 3
 HEDGE_FACTOR = 3.0
 HEDGE_MIN_S = 0.5  # below, jitter of a healthy peer would look late
-TURNAROUND_S = 0.003  # our own part of a round trip: completion queue, loop, decision
+TURNAROUND_S = 0.008  # our own part of a round trip: waiting to be checked with others, the write, the decision
 RATE_WINDOW_S = 0.1
 WINDOW_MAX = 512
+CROWD = 8  # so many other leechers are asked for one chunk at a time each
+CROWD_IN_FLIGHT = 32  # and for so many together: more would only be refused, unless rates and round trips ask for it
 NEXT_AGAIN_S = 0.5
 NEXT_BY_NAME_S = 1.0
 NEXT_SILENT_S = 2.0  # so long a seed may take to choose before it does not count
@@ -135,6 +138,7 @@ class Scheduler:
     ) -> None:
         """Start with nobody to ask.
 
+        `is_busy`, if set, says whether others wait for our own uplink, as "busy" is answered by it (rule 9).
         `stand_in`, if set, is called with a late chunk and what a peer has; it returns a chunk to ask that peer for
         instead, one that nobody was asked for, or None.
 
@@ -158,8 +162,10 @@ class Scheduler:
         self.n_in_flight = 0
         self.n_leechers = 0
         self.stand_in: Callable[[int, int], int | None] | None = None
+        self.is_busy: Callable[[], bool] | None = None
         self._stood_in: dict[int, float] = {}  # late chunk -> until when its stand-in is waited for
         self._others_until = others_until
+        self._held_back_until = -math.inf  # NEXT is to be thought of again then
         self._rng = rng
         self._holders: dict[int, int] = {}  # chunk -> requests in flight
         self._levels: list[int] = [self.full]  # _levels[c] = chunks that exactly c partial peers have
@@ -360,7 +366,10 @@ class Scheduler:
                     open_peers.append(at)
             elif not peer.in_flight and (not peer.n_next or self._is_silent(peer, now)):
                 idle.append(peer)
-        while open_peers and self.n_in_flight < self.max_in_flight:
+        most = self.max_in_flight
+        if self.n_leechers >= CROWD:
+            most = min(most, max(CROWD_IN_FLIGHT, sum(peer.depth for peer in ready)))
+        while open_peers and self.n_in_flight < most:
             at = int(self._rng.random() * len(open_peers))
             number = open_peers[at]
             peer = ready[number]
@@ -388,6 +397,8 @@ class Scheduler:
         ]
         if self.n_in_flight and len(self.peers) > 1:
             times.append(now + HEDGE_MIN_S)
+        if self._held_back_until > now:
+            times.append(self._held_back_until)
         if self.n_leechers and self.free:
             times.append(now + NEXT_AGAIN_S)
         elif now < self._others_until:
@@ -414,7 +425,7 @@ class Scheduler:
     # --- inside ---
 
     def _floor(self) -> int:
-        if self.n_leechers >= 8:
+        if self.n_leechers >= CROWD:
             return 1
         return 2 if self.n_leechers else 4
 
@@ -474,6 +485,9 @@ class Scheduler:
         least = math.ceil(4 / (self.n_leechers + 1)) + 1
         most = {id(peer): max(2, peer.depth) for peer in seeds}
         want = max(least, *most.values()) - sum(peer.n_next for peer in seeds if not self._is_silent(peer, now))
+        if want > 0 and self.n_in_flight and self.is_busy is not None and self.is_busy():
+            self._held_back_until = now + BUSY_S
+            return
         while want > 0:
             able = [
                 peer
@@ -523,6 +537,8 @@ class Scheduler:
         for peer in busy:
             rate = peer.rate_Bps or typical
             expected = peer.rtt_s + len(peer.in_flight) * self.chunk_size / rate if rate else HEDGE_MIN_S
+            if rate < typical:  # what it is slow with need not be waited for
+                expected = min(expected, peer.rtt_s + self.chunk_size / typical)
             limit = max(HEDGE_MIN_S, HEDGE_FACTOR * expected)
             for index, since in peer.in_flight.items():
                 by = now - since - limit

@@ -15,16 +15,19 @@ import stat
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastcas.errors import DestinationExists, FastCASError, IntegrityError, ManifestCorrupt
+from fastcas.errors import DestinationExists, FastCASError, IntegrityError, ManifestCorrupt, NotFound
 from fastcas.fetch._receiver import rename_noreplace
+from fastcas.fetch.choosing import chosen_of, chunks_of_ranges, ranges_of_packs
 from fastcas.fetch.download import DownloadHooks, DownloadResult, FetchedTree, Progress
 from fastcas.fetch.filefetch import FileFetch
-from fastcas.fetch.partfile import safe_name, storage_error
+from fastcas.fetch.partfile import PART_SUFFIX, safe_name, storage_error
+from fastcas.fetch.receiver import AsyncReceiver
+from fastcas.fetch.shared import SharedReceiver
 from fastcas.ids import Link, escape_for_terminal, short
-from fastcas.limits import COLLECTION_SIZE_MAX, MANIFEST_SIZE_MAX
+from fastcas.limits import COLLECTION_SIZE_MAX, MANIFEST_SIZE_MAX, RECEIVE_MEMORY_MAX
 from fastcas.metadata import Manifest
 from fastcas.store.beneath import beneath, make_dirs_beneath, open_beneath
 from fastcas.store.collection import Collection, FileEntry
@@ -33,16 +36,32 @@ from fastcas.store.types import Identity
 
 __all__ = ["fetch_tree"]
 
+MEMBERS_AT_ONCE = 8
 WORK_SUFFIX = ".fastcas-tree"
 MODES = {False: 0o644, True: 0o755}
 
 
-class _TreeHooks:
+@dataclass(frozen=True)
+class _Member:
+    """A file or pack to fetch: where to, and how many bytes of it count."""
+
+    link: Link
+    path: Path
+    size: int
+    origins: Sequence[str] = ()
+    ranges: Sequence[tuple[int, int]] | None = None  # of a pack of which not everything is needed
+
+    def wanted(self, manifest: Manifest) -> int:
+        assert self.ranges is not None
+        return chunks_of_ranges(manifest, self.ranges)
+
+
+class _MemberHooks:
     """Passes a file's events on, but for its end: that is told of the whole folder."""
 
-    def __init__(self, outer: DownloadHooks) -> None:
+    def __init__(self, outer: DownloadHooks, unproven: set[Path]) -> None:
         self._outer = outer
-        self.unproven: set[Path] = set()
+        self._unproven = unproven
 
     def on_manifest(self, manifest: Manifest, part_path: Path) -> None:
         self._outer.on_manifest(manifest, part_path)
@@ -52,10 +71,16 @@ class _TreeHooks:
 
     def on_finished(self, path: Path, manifest: Manifest, content_proven: bool) -> None:
         if not content_proven:
-            self.unproven.add(path)
+            self._unproven.add(path)
 
     def on_tree(self, tree: FetchedTree) -> None:
         raise AssertionError("a collection's files are fetched raw")
+
+    def member(self) -> DownloadHooks:
+        raise AssertionError("a collection's files have no members")
+
+    def end(self) -> None:
+        self._outer.end()
 
 
 async def fetch_tree(fetch: FileFetch, content: DownloadResult) -> DownloadResult:
@@ -66,6 +91,7 @@ async def fetch_tree(fetch: FileFetch, content: DownloadResult) -> DownloadResul
         content: Its result.
     Raises:
         CollectionCorrupt: The content breaks the format or a path rule; nothing was created.
+        NotFound: No file of it is chosen; likewise.
         DestinationExists: The folder exists with other content, and was left alone.
         FastCASError: As `download`; what is there is continued by the next attempt.
     """
@@ -75,19 +101,27 @@ async def fetch_tree(fetch: FileFetch, content: DownloadResult) -> DownloadResul
         collection = Collection.decode(await asyncio.to_thread(part.read_all, COLLECTION_SIZE_MAX + 1))
     finally:
         part.close()
-    tree = _Tree(fetch, content, collection, out)
+    try:
+        chosen = collection if settings.choice is None else settings.choice.apply(collection)
+    except NotFound:
+        part.discard()
+        raise
+    if settings.choice is not None:
+        content = replace(content, chosen=chosen_of(collection, chosen))
+    tree = _Tree(fetch, content, collection, chosen, out)
     if fetch.over_folder:
-        if await asyncio.to_thread(_same_tree, out, collection):
+        if await asyncio.to_thread(_same_tree, out, chosen):
             part.discard()
-            if settings.hooks is not None:
+            await asyncio.to_thread(_clear_leftovers, out)
+            if settings.hooks is not None and settings.choice is None:
                 settings.hooks.on_tree(FetchedTree(out, _name(fetch, out), collection, content.manifest, {}, {}))
-            return replace(content, path=out, size=collection.size)
+            return replace(content, path=out, size=chosen.size)
         if not settings.force:
             part.discard()
             raise DestinationExists(
                 f"{out}: exists with other content than {short(fetch.file_hash)}; it was left alone"
             )
-    if settings.reserve is not None:
+    if settings.reserve is not None and settings.choice is None:
         await settings.reserve(content.manifest, collection)
     result = await tree.run()
     part.discard()
@@ -95,21 +129,27 @@ async def fetch_tree(fetch: FileFetch, content: DownloadResult) -> DownloadResul
 
 
 class _Tree:
-    """One collection being fetched."""
+    """One collection being fetched, or part of it."""
 
-    def __init__(self, fetch: FileFetch, content: DownloadResult, collection: Collection, out: Path) -> None:
+    def __init__(
+        self, fetch: FileFetch, content: DownloadResult, whole: Collection, collection: Collection, out: Path
+    ) -> None:
         self._fetch = fetch
+        self._whole = whole
         self._collection = collection
         self._out = out
         self._work = out.with_name(out.name + WORK_SUFFIX)
         self._tree = self._work / "tree"
         self._result = replace(content, path=out, size=collection.size)
+        # Numbers are those of the whole collection, so that an attempt with another choice finds what is here.
+        self._numbers = {entry.path: number for number, entry in enumerate(whole.files)}
         self._members: dict[bytes, Manifest] = {}
         self._identities: dict[str, Identity] = {}
         self._started = time.monotonic() - content.seconds
-        self._done = 0
-        hooks = fetch.settings.hooks
-        self._hooks = None if hooks is None else _TreeHooks(hooks)
+        self._done: dict[Path, int] = {}
+        self._rates: dict[Path, float] = {}
+        self._total = 0
+        self._unproven: set[Path] = set()
         self._peers = tuple(
             remote.addr
             for remote in fetch.crowd.remotes.values()
@@ -118,39 +158,90 @@ class _Tree:
 
     async def run(self) -> DownloadResult:
         await asyncio.to_thread(self._prepare)
-        collection = self._collection
-        for number, entry in enumerate(collection.files):
-            origins = self._fetch.settings.origins_of_member(entry.path)
-            link = Link(entry.file_hash, entry.manifest_hash)
-            await self._file(link, self._work / f"file-{number}", origins, counts=True)
-        for number, pack in enumerate(collection.packs):
-            await self._file(Link(pack.file_hash, pack.manifest_hash), self._work / f"pack-{number}", [], counts=False)
+        members = self._members_to_fetch()
+        self._total = sum(member.size for member in members)
+        await self._fetch_all(members)
         await asyncio.to_thread(self._place)
-        if self._fetch.settings.hooks is not None:
-            tree = FetchedTree(
-                self._out, _name(self._fetch, self._out), collection, self._result.manifest, self._members,
-                self._identities,
-            )  # fmt: skip
-            self._fetch.settings.hooks.on_tree(tree)
+        self._tell()
         self._result.seconds = time.monotonic() - self._started
         return self._result
 
-    async def _file(self, link: Link, path: Path, origins: Sequence[str], *, counts: bool) -> None:
+    def _file_path(self, entry: FileEntry) -> Path:
+        return self._work / f"file-{self._numbers[entry.path]}"
+
+    def _members_to_fetch(self) -> list[_Member]:
+        members = [
+            _Member(
+                Link(entry.file_hash, entry.manifest_hash), self._file_path(entry), entry.size,
+                self._fetch.settings.origins_of_member(entry.path),
+            )
+            for entry in self._collection.files
+        ]  # fmt: skip
+        needed = ranges_of_packs(self._collection)
+        for number, pack in enumerate(self._collection.packs):
+            link, path = Link(pack.file_hash, pack.manifest_hash), self._work / f"pack-{number}"
+            if self._collection is self._whole:
+                members.append(_Member(link, path, pack.size))
+            elif number in needed:
+                size = sum(size for _, size in needed[number])
+                members.append(_Member(link, path, size, ranges=needed[number]))
+        return members
+
+    async def _fetch_all(self, members: Sequence[_Member]) -> None:
+        """Fetch several at once, so that nobody waits for the round trips of each; in all at most what memory may hold.
+
+        The first error ends the others; what they have is kept.
+        """
+        shared = SharedReceiver(self._fetch.receiver)
+        running: dict[asyncio.Task[None], int] = {}
+
+        async def one_ended() -> None:
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                del running[task]
+                task.result()
+
+        try:
+            for member in members:
+                while running and (
+                    len(running) >= MEMBERS_AT_ONCE or sum(running.values()) + member.size > RECEIVE_MEMORY_MAX
+                ):
+                    await one_ended()
+                running[asyncio.ensure_future(self._file(member, shared.share()))] = member.size
+            while running:
+                await one_ended()
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            shared.close()
+
+    async def _file(self, member: _Member, receiver: AsyncReceiver) -> None:
+        outer = self._fetch.settings.hooks
+        hooks = None if outer is None else _MemberHooks(outer.member(), self._unproven)
         settings = replace(
             self._fetch.settings,
             peers=self._peers,
-            hooks=self._hooks,
-            progress=self._progress(self._fetch.settings.progress),
+            hooks=hooks,
+            progress=self._progress(member),
             raw=True,
             reserve=None,  # all of it is reserved
             force=True,  # inside our own work folder
-            origins=origins,
+            origins=member.origins,
             known=(),
+            choice=None,
+            is_part_of_tree=False,
+            wanted=None if member.ranges is None else member.wanted,
         )
-        done = await FileFetch(link, path, settings, self._fetch.receiver).run()
-        if self._hooks is not None:
-            await asyncio.to_thread(self._remember, link, path, done.manifest)
-        self._done += done.size
+        try:
+            done = await FileFetch(member.link, member.path, settings, receiver).run()
+        finally:
+            self._rates.pop(member.path, None)
+            if hooks is not None:
+                hooks.end()
+        if hooks is not None:
+            await asyncio.to_thread(self._remember, member.link, member.path, done.manifest)
+        self._done[member.path] = member.size
         result = self._result
         for peer, n_bytes in done.bytes_by_peer.items():
             result.bytes_by_peer[peer] = result.bytes_by_peer.get(peer, 0) + n_bytes
@@ -163,16 +254,36 @@ class _Tree:
         result.explained.add(done.explained)
         self._peers = tuple(peer for peer in self._peers if peer not in done.banned)
 
-    def _progress(self, outer: Callable[[Progress], None] | None) -> Callable[[Progress], None] | None:
+    def _progress(self, member: _Member) -> Callable[[Progress], None] | None:
+        outer = self._fetch.settings.progress
         if outer is None:
             return None
-        total = sum(entry.size for entry in self._collection.files) + sum(p.size for p in self._collection.packs)
-        before = self._done
 
         def report(now: Progress) -> None:
-            outer(replace(now, bytes_done=before + now.bytes_done, bytes_total=total))
+            self._done[member.path] = min(now.bytes_done, member.size)
+            self._rates[member.path] = now.rate_Bps
+            done, rate = sum(self._done.values()), sum(self._rates.values())
+            outer(replace(now, bytes_done=done, bytes_total=self._total, rate_Bps=rate))
 
         return report
+
+    def _tell(self) -> None:
+        """Say that the folder is there; of a part of a collection, that its files are."""
+        hooks = self._fetch.settings.hooks
+        if hooks is None:
+            return
+        if self._fetch.settings.choice is None:
+            hooks.on_tree(
+                FetchedTree(
+                    self._out, _name(self._fetch, self._out), self._collection, self._result.manifest, self._members,
+                    self._identities,
+                )
+            )  # fmt: skip
+            return
+        for entry in self._collection.files:
+            manifest = self._members.get(entry.manifest_hash)
+            if manifest is not None and entry.path in self._identities:
+                hooks.on_finished(self._out / entry.path, manifest, True)
 
     def _remember(self, link: Link, path: Path, manifest: Manifest) -> None:
         """Keep a member's manifest, in a file for another attempt, too. Blocks."""
@@ -200,28 +311,40 @@ class _Tree:
                     raise DestinationExists(f"{folder}: exists and is no folder; it was left alone")
                 if status.st_uid != os.geteuid():  # who could lead us elsewhere with links
                     raise DestinationExists(f"{folder}: belongs to somebody else; it was left alone")
+            self._take_back()
             fd = os.open(self._tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as exc:
             raise storage_error(exc, str(self._work), "nothing was fetched") from exc
         try:
             for path in self._collection.dirs:
                 make_dirs_beneath(fd, path)
-            for number, entry in enumerate(self._collection.files):  # an interrupted attempt had placed it already
-                with suppress(FileNotFoundError), beneath(fd, entry.path) as (folder_fd, name):
-                    os.rename(name, self._work / f"file-{number}", src_dir_fd=folder_fd)
         finally:
             os.close(fd)
+
+    def _take_back(self) -> None:
+        """Begin with an empty tree: what an interrupted attempt had placed goes back to its number. Blocks."""
+        if not any(self._tree.iterdir()):
+            return
+        fd = os.open(self._tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            for entry in self._whole.files:
+                with suppress(FileNotFoundError, FastCASError), beneath(fd, entry.path) as (folder_fd, name):
+                    os.rename(name, self._file_path(entry), src_dir_fd=folder_fd)
+        finally:
+            os.close(fd)
+        shutil.rmtree(self._tree)
+        self._tree.mkdir(mode=0o700)
 
     def _place(self) -> None:
         """Cut the small files out of the packs, set the modes, and put the folder at its place. Blocks."""
         fd = os.open(self._tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             self._unpack(fd)
-            for number, entry in enumerate(self._collection.files):
+            for entry in self._collection.files:
                 with beneath(fd, entry.path) as (folder_fd, name):
-                    os.rename(self._work / f"file-{number}", name, dst_dir_fd=folder_fd)
+                    os.rename(self._file_path(entry), name, dst_dir_fd=folder_fd)
                 identity = _set_mode(fd, entry)
-                if self._hooks is None or self._work / f"file-{number}" not in self._hooks.unproven:
+                if self._file_path(entry) not in self._unproven:
                     self._identities[entry.path] = identity
             os.fchmod(fd, 0o755)
         except OSError as exc:
@@ -243,7 +366,8 @@ class _Tree:
             raise storage_error(exc, str(self._out), "what was fetched is kept") from exc
 
     def _unpack(self, fd: int) -> None:
-        packs = [os.open(self._work / f"pack-{i}", os.O_RDONLY) for i in range(len(self._collection.packs))]
+        needed = ranges_of_packs(self._collection)
+        packs = {number: os.open(self._work / f"pack-{number}", os.O_RDONLY) for number in needed}
         try:
             for entry in self._collection.small:
                 data = os.pread(packs[entry.pack], entry.size, entry.offset) if entry.size else b""
@@ -259,7 +383,7 @@ class _Tree:
                 finally:
                     os.close(file)
         finally:
-            for pack in packs:
+            for pack in packs.values():
                 os.close(pack)
 
     def _move_into(self) -> None:
@@ -268,10 +392,11 @@ class _Tree:
         try:
             for path in self._collection.dirs:
                 make_dirs_beneath(fd, path)
+            for path in _paths(self._collection):
+                with beneath(fd, path) as (folder_fd, name):
+                    os.replace(self._tree / path, name, dst_dir_fd=folder_fd)
         finally:
             os.close(fd)
-        for path in _paths(self._collection):
-            os.replace(self._tree / path, self._out / path)
 
 
 def _name(fetch: FileFetch, out: Path) -> str:
@@ -300,6 +425,21 @@ def _same_tree(out: Path, collection: Collection) -> bool:
         )
     finally:
         os.close(fd)
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Remove the work folder of an attempt that was killed when its files were at their places already. Blocks.
+
+    One in which something is still being fetched, or that is not ours, is left alone.
+    """
+    work = out.with_name(out.name + WORK_SUFFIX)
+    with suppress(OSError):
+        status = work.lstat()
+        tree = work / "tree"
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or any(work.glob("*" + PART_SUFFIX)):
+            return
+        if not any(files for _, _, files in os.walk(tree)):
+            shutil.rmtree(work)
 
 
 def _paths(collection: Collection) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from enum import Enum
 
 from fastcas.errors import ManifestCorrupt
-from fastcas.fetch.receiver import HAS_LINK, HASH_OK, LINK_OK
+from fastcas.fetch.receiver import HAS_LINK, HASH_OK, LINK_ALONE, LINK_OK
 from fastcas.ids import short
 from fastcas.limits import UNVERIFIED_WINDOW_BYTES, UNVERIFIED_WINDOW_CHUNKS
 from fastcas.metadata import Manifest
@@ -35,9 +35,11 @@ def judge(flags: int, *, is_data: bool) -> Verdict:
     """Return the verdict on a chunk's bytes.
 
     Args:
-        flags: Bits of the check: own hash right, link right, link checked.
+        flags: Bits of the check: own hash right, link right, link checked, link right and own hash not looked at.
         is_data: Parity chunks have no link.
     """
+    if flags & LINK_ALONE:
+        return Verdict.RIGHT
     if not is_data or not flags & HAS_LINK:
         return Verdict.RIGHT if flags & HASH_OK else Verdict.PEER
     match bool(flags & HASH_OK), bool(flags & LINK_OK):
@@ -68,7 +70,9 @@ def check_manifest(data: bytes, manifest_hash: bytes, file_hash: bytes) -> Manif
 class Chain:
     """The links of one file: which were checked, and what may be fetched because of that."""
 
-    def __init__(self, manifest: Manifest, *, trusted: bool, is_checked: bool = True) -> None:
+    def __init__(
+        self, manifest: Manifest, *, trusted: bool, is_checked: bool = True, wanted: int | None = None
+    ) -> None:
         """Start with no link checked.
 
         Args:
@@ -76,9 +80,12 @@ class Chain:
                 fetched at once. Otherwise only a window at the end, which doubles as the proven suffix grows.
             is_checked: Links are checked at all; if not, chunks count by their own hashes, and the content is never
                 proven to be the file's. Only for a manifest that a link names.
+            wanted: Chunk set, data chunks only, where no more of the file is to be fetched. Likewise.
         """
         self.is_checked = is_checked
         n = manifest.n_chunks
+        self.wanted = (1 << n) - 1 if wanted is None else wanted
+        self.takes_any = wanted is None  # a peer may choose which chunk it gives
         self._n = n
         self._has_links = not manifest.is_cdc or n == 1
         self._trusted = trusted or not self._has_links

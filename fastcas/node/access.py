@@ -1,7 +1,8 @@
 """One way to do a command: through the node that runs on a storage folder, or on the folder itself.
 
 `open_access` finds out which. Both sides take and return the same plain maps, so that commands and one-liners do
-not care. Blocking; for one thread.
+not care. Blocking; for one thread. Each way imports what it needs when it is taken: a command that fetches without a
+storage folder waits for neither catalog nor DHT.
 """
 
 from __future__ import annotations
@@ -17,18 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastcas.config import read_network_key
 from fastcas.errors import FastCASError, NetworkError, NodeUnavailable, NoPeers, StoreLocked, StoreNotFound
-from fastcas.ids import Link, PeerAddr, parse_peer, parse_ref, short
+from fastcas.ids import Link, PeerAddr, parse_member, parse_peer, parse_ref, short
 from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
-from fastcas.node.control_client import ControlClient
-from fastcas.node.folder import SOCKET_NAME
-from fastcas.node.operations import LOCAL_OPERATIONS, Operations, seeds_of
-from fastcas.node.reservation import Reservation
-from fastcas.peers.discovery import CompositeDiscovery, Discovery, StaticDiscovery
-from fastcas.store import Store
-from fastcas.store.paths import shown
 
 if TYPE_CHECKING:
     from fastcas.fetch import FetchedTree
+    from fastcas.node.control_client import ControlClient
+    from fastcas.peers.discovery import Discovery
+    from fastcas.store import Store
 
 __all__ = ["Access", "FolderAccess", "NodeAccess", "check_reachable", "dht_client", "open_access"]
 
@@ -95,6 +92,9 @@ class FolderAccess:
             return asyncio.run(_get(self._store, args, on_progress))
         if op == "peers":
             return asyncio.run(_peers(args))
+        from fastcas.node.operations import LOCAL_OPERATIONS, Operations
+        from fastcas.store.paths import shown
+
         if self._store is None:
             raise StoreNotFound(f"{shown(self._root)}: no such storage folder")
         if op == "status":
@@ -127,6 +127,12 @@ def open_access(root: Path, *, create: bool = False, optional: bool = False) -> 
         StoreLocked: In use by another command (and not `optional`).
         PermissionDenied: The operating system refuses.
     """
+    if optional and not create and _is_absent(root):
+        return FolderAccess(root, None)
+    from fastcas.node.control_client import ControlClient
+    from fastcas.node.folder import SOCKET_NAME
+    from fastcas.store import Store
+
     until = None
     while True:
         try:
@@ -149,6 +155,16 @@ def open_access(root: Path, *, create: bool = False, optional: bool = False) -> 
         sleep(POLL_S)
 
 
+def _is_absent(root: Path) -> bool:
+    try:
+        os.lstat(root)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 @contextlib.asynccontextmanager
 async def dht_client(args: dict[str, Any], link: Link, *, is_needed: bool) -> AsyncIterator[Discovery | None]:
     """Ask a DHT for the time of one command; None without a bootstrap node.
@@ -158,14 +174,14 @@ async def dht_client(args: dict[str, Any], link: Link, *, is_needed: bool) -> As
     Raises:
         NetworkError: "DHT bootstrap failed": none of them answers, and there is nobody else to ask.
     """
-    from fastcas.peers.dht_process import DhtProcess
-
     bootstrap = [parse_peer(str(text), "--bootstrap") for text in args.get("bootstrap", [])]
     if is_needed:
         bootstrap += link.dht
     if not bootstrap:
         yield None
         return
+    from fastcas.peers.dht_process import DhtProcess
+
     timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
     key = read_network_key(str(args["network_key"])) if args.get("network_key") else None
     dht = DhtProcess([(peer.ip, peer.port) for peer in bootstrap], network_key=key)
@@ -189,6 +205,7 @@ async def _here(function: Callable[..., Any], *values: Any) -> Any:
 
 
 async def _verify(store: Store, args: dict[str, Any], on_progress: OnProgress | None) -> dict[str, Any]:
+    from fastcas.node.operations import Operations
     from fastcas.node.verifying import RepairPeers, report_to_map, run_scrub
 
     def progress(done: int, total: int) -> None:
@@ -207,6 +224,8 @@ async def _verify(store: Store, args: dict[str, Any], on_progress: OnProgress | 
 
 
 async def _peers(args: dict[str, Any]) -> dict[str, Any]:
+    from fastcas.peers.discovery import CompositeDiscovery, StaticDiscovery
+
     link = parse_ref(str(args["ref"]))
     named = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
     deadline_s = min(float(args.get("timeout_s", FETCH_TIMEOUT_S)), PEERS_DEADLINE_S)
@@ -225,19 +244,28 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     from fastcas.fetch.pacing import Pace
     from fastcas.node.download_report import ProgressRelay, result_to_map
 
-    link = parse_ref(str(args["ref"]))
+    link = parse_member(str(args["ref"]))
+    choice = None
+    if args.get("include") or args.get("exclude"):
+        from fastcas.fetch.choosing import choice_of
+
+        choice = choice_of(args)
     peers = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
     timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
     stall_s = float(args.get("stall_timeout_s", STALL_TIMEOUT_S))
     raw, force = bool(args.get("raw")), bool(args.get("force"))
-    seeds = seeds_of(args)
+    seeds: list[Path] = []
+    if args.get("seed_from"):
+        from fastcas.node.operations import seeds_of
+
+        seeds = seeds_of(args)
     relay = ProgressRelay(on_progress)
     out = Path(os.fsdecode(args["out"])) if args.get("out") is not None else None
     folder = Path(os.fsdecode(args["folder"]))
     if store is not None:
         from fastcas.node.export import export
 
-        here = export(store, link, out, folder, raw=raw, force=force, progress=relay.bytes)
+        here = export(store, link, out, folder, raw=raw, force=force, choice=choice, progress=relay.bytes)
         if here is not None:
             return here
     origins = [parse_origin(str(url)) for url in args.get("origins", [])]
@@ -245,16 +273,22 @@ async def _get(store: Store | None, args: dict[str, Any], on_progress: OnProgres
     if not known:
         check_reachable(link, peers, args)
     rate = args.get("max_download_Bps")
-    hooks = _Finished() if store is not None else None
-    reservation = Reservation(store, _here) if store is not None else None
-    async with dht_client(args, link, is_needed=not peers and not link.peers) as dht:
-        result = await download(
-            link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s,
-            stall_timeout_s=stall_s, hooks=hooks, progress=relay, raw=raw, force=force, origins=origins,
-            pace=Pace(rate) if rate else None, known=known, reserve=reservation, seed_from=seeds,
-        )  # fmt: skip
-    if reservation is not None:
-        await reservation.release()
+    hooks = reservation = None
+    if store is not None:
+        from fastcas.node.reservation import Reservation
+
+        hooks, reservation = _Finished(), Reservation(store, _here)
+    try:
+        async with dht_client(args, link, is_needed=not peers and not link.peers) as dht:
+            result = await download(
+                link, out, folder=folder, discovery=dht, peers=peers, local=store, timeout_s=timeout_s,
+                stall_timeout_s=stall_s, hooks=hooks, progress=relay, raw=raw, force=force, origins=origins,
+                pace=Pace(rate) if rate else None, known=known, reserve=reservation, seed_from=seeds,
+                choice=choice,
+            )  # fmt: skip
+    finally:
+        if reservation is not None:
+            await reservation.release()
     if store is not None and hooks is not None:
         for path, manifest, is_proven in hooks.files:
             if is_proven:
@@ -294,6 +328,13 @@ class _Finished:
     def on_tree(self, tree: FetchedTree) -> None:
         """Remember it."""
         self.trees.append(tree)
+
+    def member(self) -> _Finished:
+        """Files of a collection are remembered with it."""
+        return self
+
+    def end(self) -> None:
+        """Nothing is served while it runs."""
 
 
 def _remember(store: Store, path: Path, manifest: Any) -> None:

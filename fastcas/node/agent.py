@@ -39,6 +39,7 @@ from fastcas.node.publisher import Publisher
 from fastcas.node.requests import RequestHandler
 from fastcas.node.store_thread import StoreThread
 from fastcas.node.swarmbook import SwarmBook
+from fastcas.node.uplink import is_busy
 from fastcas.node.verifying import RepairPeers, Scrubber
 from fastcas.peers.discovery import CompositeDiscovery, Discovery, StaticDiscovery
 from fastcas.peers.ring_discovery import RingDiscovery
@@ -205,7 +206,7 @@ class Agent:
             store=self.store, thread=self.thread, publisher=self.publisher, publish=self.publish,
             announcer=self.announcer, node_id=self.node_id, data_port=self.data_port,
             discovery=lambda: self._dht, callers=self.swarmbook.peers_of, named_peers=self.config.static_peers(),
-            max_download_Bps=self.config.max_download_rate(),
+            max_download_Bps=self.config.max_download_rate(), is_busy=lambda: is_busy(self.counters, self._rings),
         )  # fmt: skip
         self.partials = Partials(self.store, self.thread, self.publisher, self.publish, self.announcer)
         self._stack.callback(self.partials.close)

@@ -31,6 +31,7 @@ def result_to_map(result: DownloadResult) -> dict[str, Any]:
         "bytes_by_origin": result.bytes_by_origin,
         "failed_origins": result.failed_origins,
         "explained": result.explained.to_map(),
+        "chosen": result.chosen.to_map() if result.chosen is not None else None,
     }
 
 

@@ -33,6 +33,7 @@ from fastcas.store import Store
 
 if TYPE_CHECKING:
     from fastcas.fetch import FetchedTree, Progress
+    from fastcas.fetch.choosing import Choice
 
 __all__ = ["Downloads", "Running"]
 
@@ -73,6 +74,7 @@ class Downloads:
         callers: Returns [(node_id, ip, port)] of those who asked our workers for a file.
         named_peers: That the user named, to be asked for every file.
         max_download_Bps: Limit of all downloads together, bytes per second.
+        is_busy: Whether our workers' uplink has more to send than it should, see `download`.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Downloads:
         callers: Callable[[bytes], list[tuple[str, str, int]]],
         named_peers: Sequence[PeerAddr] = (),
         max_download_Bps: int | None = None,
+        is_busy: Callable[[], bool] | None = None,
     ) -> None:
         self._store = store
         self._thread = thread
@@ -99,6 +102,7 @@ class Downloads:
         self._data_port = data_port
         self._discovery = discovery
         self._callers = callers
+        self._is_busy = is_busy
         self._named_peers = tuple(named_peers)
         self._pace = Pace(max_download_Bps) if max_download_Bps else None
         self._tasks: set[asyncio.Future[None]] = set()
@@ -131,6 +135,7 @@ class Downloads:
         origins: Sequence[str] = (),
         max_download_Bps: int | None = None,
         seed_from: Sequence[Path] = (),
+        choice: Choice | None = None,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
         """Fetch a file or collection, and seed it where it is.
@@ -146,6 +151,7 @@ class Downloads:
             origins: URLs for what no peer has.
             max_download_Bps: A limit beside the node's.
             seed_from: Files and folders in which chunks may lie.
+            choice: Which files of a collection; None: all.
             on_progress: Gets plain maps.
         Returns:
             `result_to_map` of the download.
@@ -177,7 +183,7 @@ class Downloads:
                 node_id=self._node_id, data_port=self._data_port(), timeout_s=timeout_s,
                 stall_timeout_s=stall_timeout_s, hooks=seeding, progress=progress, raw=raw, force=force, folder=folder,
                 callers=self._callers, origins=origins, pace=pace, known=known, reserve=reservation,
-                seed_from=seed_from,
+                seed_from=seed_from, choice=choice, is_busy=self._is_busy,
             )  # fmt: skip
             registering = [
                 asyncio.ensure_future(self._register(path, manifest, path.name))

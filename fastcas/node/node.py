@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastcas.config import NodeConfig
 from fastcas.errors import FastCASError, NodeUnavailable, UsageError
-from fastcas.ids import PeerAddr, short
+from fastcas.ids import PeerAddr, parse_rate, short
 from fastcas.limits import DATA_PORT, DHT_PORT, FETCH_TIMEOUT_S
 from fastcas.metadata import FileMetadata, Manifest
 from fastcas.node import wire
@@ -29,7 +29,7 @@ from fastcas.node.control_client import AsyncControlClient, ControlClient
 from fastcas.node.node_discovery import NodeDiscovery
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fastcas.fetch import P2PChunkDownloader
     from fastcas.peers.discovery import PeerHint
@@ -274,14 +274,32 @@ class P2PNode:
 
     # ---- what the quick reference asks of a node ----
 
-    async def download_file_from_peers(self, file_hash: str, output_dir: str | os.PathLike[str]) -> bool:
+    async def download_file_from_peers(
+        self,
+        file_hash: str,
+        output_dir: str | os.PathLike[str],
+        *,
+        progress: Callable[[dict[str, Any]], None] | None = None,
+        origins: Sequence[str] = (),
+        max_download: int | str | None = None,
+    ) -> bool:
         """Fetch a file into a folder and serve it from there; False when that fails (logged).
 
+        Cancelling it ends the download; the part file is kept, and the next call goes on from there.
+
+        Args:
+            file_hash: 64 hex digits, or a fastcas:// link; followed by /path: that file of a collection.
+            output_dir: Where it goes, under its stored name.
+            progress: Called with {"done", "total", "rate_Bps", "peers", "waiting_on"}, in the loop's thread.
+            origins: URLs of HTTP servers that have the file, for chunks that no peer has.
+            max_download: Limit of the rate, bytes per second or text such as "10M", beside the node's own.
         Raises:
-            UsageError: The hash is malformed.
+            UsageError: An argument is malformed.
         """
         try:
-            await self.fetch_file_from_peers(file_hash, output_dir)
+            await self.fetch_file_from_peers(
+                file_hash, output_dir, progress=progress, origins=origins, max_download=max_download
+            )
         except UsageError:
             raise
         except FastCASError as error:
@@ -290,18 +308,30 @@ class P2PNode:
         return True
 
     async def fetch_file_from_peers(
-        self, ref: str, output_dir: str | os.PathLike[str], *, timeout_s: float = FETCH_TIMEOUT_S
+        self,
+        ref: str,
+        output_dir: str | os.PathLike[str],
+        *,
+        timeout_s: float = FETCH_TIMEOUT_S,
+        progress: Callable[[dict[str, Any]], None] | None = None,
+        origins: Sequence[str] = (),
+        max_download: int | str | None = None,
     ) -> Path:
-        """`download_file_from_peers` that raises; returns where the file is. Also takes a link.
+        """`download_file_from_peers` that raises; returns where the file is.
 
+        Args:
+            timeout_s: For the first peer and the manifest, seconds.
         Raises:
-            UsageError: The hash or link is malformed.
+            UsageError: An argument is malformed.
             NoPeers: Nobody has it.
             FastCASError: As `fastcas.fetch.download`; the part file is kept where it can be resumed.
         """
         folder = os.path.abspath(output_dir)  # noqa: ASYNC240 - touches no disk
-        args = {"ref": ref, "out": None, "folder": os.fsencode(folder), "timeout_s": timeout_s}
-        return Path((await self._call("get", args))["path"])
+        args = {
+            "ref": ref, "out": None, "folder": os.fsencode(folder), "timeout_s": timeout_s, "origins": list(origins),
+            "max_download_Bps": None if max_download is None else parse_rate(str(max_download), "max_download"),
+        }  # fmt: skip
+        return Path((await self._call("get", args, progress))["path"])
 
     async def status(self) -> dict[str, Any]:
         """Return what `fastcas status --json` prints."""
@@ -336,10 +366,12 @@ class P2PNode:
 
     # ---- behind them ----
 
-    async def _call(self, op: str, args: dict[str, Any]) -> dict[str, Any]:
+    async def _call(
+        self, op: str, args: dict[str, Any], on_progress: Callable[[dict[str, Any]], None] | None = None
+    ) -> dict[str, Any]:
         if self._client is None:
             raise NodeUnavailable(f"{op}: the node is not initialized; await node.initialize() first")
-        return await self._client.call(op, args)
+        return await self._client.call(op, args, on_progress)
 
     async def _find_manifest(self, meta: FileMetadata) -> Manifest | None:
         data = (await self._call("find_manifest", {"meta": asdict(meta)}))["manifest"]

@@ -11,18 +11,29 @@ import contextlib
 import io
 import os
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastcas.config import default_storage, storage_root
-from fastcas.errors import FastCASError, IntegrityError, Interrupted, NodeUnavailable, StoreLocked, StoreNotFound
+from fastcas.errors import (
+    FastCASError,
+    IntegrityError,
+    Interrupted,
+    NodeUnavailable,
+    StoreLocked,
+    StoreNotFound,
+    UsageError,
+)
+from fastcas.fetch.choosing import member_of
 from fastcas.fetch.download import Settings
+from fastcas.fetch.member import checked_small
 from fastcas.fetch.ordered import READ_AHEAD, OrderedFetch
 from fastcas.fetch.origin import parse_origin
 from fastcas.fetch.pacing import Pace
-from fastcas.ids import Link, PeerAddr, parse_peer, parse_ref, short
-from fastcas.limits import FETCH_TIMEOUT_S, MIB, STALL_TIMEOUT_S
+from fastcas.ids import Link, PeerAddr, parse_member, parse_peer, short
+from fastcas.limits import COLLECTION_SIZE_MAX, FETCH_TIMEOUT_S, MIB, STALL_TIMEOUT_S
 from fastcas.metadata import Manifest
 from fastcas.node.access import check_reachable, dht_client
 from fastcas.node.control_client import AsyncControlClient
@@ -31,6 +42,8 @@ from fastcas.node.node_discovery import NodeDiscovery
 from fastcas.node.shortcuts import Peer, peer_text, rate_of
 from fastcas.peers.discovery import Discovery
 from fastcas.store import Store
+from fastcas.store.collection import MAGIC, Collection, FileEntry
+from fastcas.store.paths import shown
 
 __all__ = ["open", "open_raw"]
 
@@ -54,15 +67,16 @@ def open(
     fetched lies in a temporary file (of at most the file's size) until the object is closed.
 
     Args:
-        ref: 64-hex hash, or a fastcas:// link. A collection is read as the file that describes it.
+        ref: 64-hex hash, or a fastcas:// link; followed by /path: that file of the collection. A collection itself is
+            read as the file that describes it.
         peers, bootstrap, storage_dir, timeout, stall_timeout, origins, max_download: As for `fastcas.get`.
     Raises:
         UsageError: An argument.
-        NoPeers, NotFound: Nobody has it.
+        NoPeers, NotFound: Nobody has it, or the collection has no such file.
         FastCASError: Also from reading: as `fastcas.fetch.download`.
     """
     args = {
-        "ref": str(parse_ref(ref)), "peers": [peer_text(p) for p in peers],
+        "ref": str(parse_member(ref)), "peers": [peer_text(p) for p in peers],
         "bootstrap": [peer_text(p) for p in bootstrap], "timeout_s": timeout, "stall_timeout_s": stall_timeout,
         "origins": [parse_origin(url, "origins") for url in origins], "max_download_Bps": rate_of(max_download),
     }  # fmt: skip
@@ -76,23 +90,60 @@ def open_raw(args: dict[str, Any], root: Path, *, keeps: bool) -> RawReader:
         root: Storage folder; it need not be there.
         keeps: What was read can be read again; if not, its space is given back.
     """
-    link = parse_ref(str(args["ref"]))
+    link = parse_member(str(args["ref"]))
     with contextlib.suppress(StoreNotFound, StoreLocked):
         store = Store.open(root)
-        row = store.file(link.file_hash)
-        manifest = store.manifest(link.manifest_hash or row.manifest_hash) if row and row.is_complete else None
-        if manifest is not None:
-            return RawReader(_StoreSource(store, manifest))
+        try:
+            here = _in_store(store, link)
+        except BaseException:
+            store.close()
+            raise
+        if here is not None:
+            return RawReader(here)
         store.close()
     return RawReader(_NetworkSource(args, link, root, keeps=keeps))
 
 
+def _in_store(store: Store, link: Link) -> _StoreSource | None:
+    """A file that the store has whole, or a file of a collection that it has."""
+    row = store.file(link.file_hash)
+    manifest = store.manifest(link.manifest_hash or row.manifest_hash) if row and row.is_complete else None
+    if row is None or manifest is None:
+        return None
+    source = _StoreSource(store, manifest)
+    if link.path is None:
+        return source
+    if not row.is_collection:
+        raise _no_collection(link)
+    collection = Collection.decode(source.read(0, source.size))
+    entry = member_of(collection, link.path, link.file_hash)
+    if isinstance(entry, FileEntry):
+        member = store.manifest(entry.manifest_hash)
+        return None if member is None else _StoreSource(store, member)
+    data = b""
+    if entry.size:
+        pack = store.manifest(collection.packs[entry.pack].manifest_hash)
+        if pack is None:
+            return None
+        data = _StoreSource(store, pack).read(entry.offset, entry.offset + entry.size)
+    return _StoreSource(store, manifest, checked_small(entry, data))
+
+
+def _no_collection(link: Link) -> UsageError:
+    path = shown(link.path or "")
+    return UsageError(f"REF: {short(link.file_hash)} is a file and no collection, so it has no '{path}'")
+
+
 class RawReader(io.RawIOBase):
-    """Unbuffered reading. `close` may come from any thread; whoever reads meanwhile gets ValueError."""
+    """Unbuffered reading, from several threads if need be: each read takes the bytes after those of the one before.
+
+    `close` may come from any thread; whoever reads meanwhile gets ValueError.
+    """
 
     def __init__(self, source: _StoreSource | _NetworkSource) -> None:
         self._source = source
         self._position = 0
+        self._reading = threading.Lock()
         self.size: int = source.size
 
     def readable(self) -> bool:
@@ -106,11 +157,12 @@ class RawReader(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to a position; beyond the end nothing is read."""
         self._check_open()
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}.get(whence)
-        if base is None or base + offset < 0:
-            raise ValueError(f"seek: expected a position in the file, got offset {offset}, whence {whence}")
-        self._position = base + offset
-        return self._position
+        with self._reading:
+            base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}.get(whence)
+            if base is None or base + offset < 0:
+                raise ValueError(f"seek: expected a position in the file, got offset {offset}, whence {whence}")
+            self._position = base + offset
+            return self._position
 
     def tell(self) -> int:
         """Return the position."""
@@ -121,16 +173,17 @@ class RawReader(io.RawIOBase):
         """Fill `buffer` from the position, at most 16 MiB; 0 at the end."""
         self._check_open()
         view = memoryview(buffer).cast("B")
-        n = max(0, min(len(view), self.size - self._position, READ_AHEAD))
-        if n == 0:
-            return 0
-        try:
-            done = self._source.read_into(view[:n], self._position)
-        except FastCASError:
-            self._check_open()
-            raise
-        self._position += done
-        return done
+        with self._reading:
+            n = max(0, min(len(view), self.size - self._position, READ_AHEAD))
+            if n == 0:
+                return 0
+            try:
+                done = self._source.read_into(view[:n], self._position)
+            except FastCASError:
+                self._check_open()
+                raise
+            self._position += done
+            return done
 
     def close(self) -> None:
         """Stop fetching and free everything. Idempotent."""
@@ -144,25 +197,56 @@ class RawReader(io.RawIOBase):
 
 
 class _StoreSource:
-    """A file that the store has."""
+    """A file that the store has; `content` where it is small and was read already."""
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
+    def __init__(self, store: Store, manifest: Manifest, content: bytes | None = None) -> None:
         self._store = store
         self._manifest = manifest
-        self.size = manifest.size
+        self._content = content
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self.size = manifest.size if content is None else len(content)
+
+    def read(self, start: int, end: int) -> bytes:
+        data = memoryview(bytearray(end - start))
+        at = 0
+        while at < len(data):
+            at += self.read_into(data[at:], start + at)
+        return bytes(data)
 
     def read_into(self, view: memoryview, start: int) -> int:
+        if self._content is not None:
+            return _copy(self._content[start:], view)
         index = self._manifest.chunk_at(start)
         skip = start - self._manifest.offset_of(index)
-        data = self._store.read_chunk(self._manifest.hash_of(index))
+        with self._lock:  # the store is one thread's, and must not be closed meanwhile
+            if self._is_closed:
+                raise Interrupted("closed")
+            data = self._store.read_chunk(self._manifest.hash_of(index))
         if data is None:
             raise IntegrityError(f"chunk {short(self._manifest.hash_of(index))}: damaged in the store; verify --repair")
-        piece = data[skip : skip + len(view)]
-        view[: len(piece)] = piece
-        return len(piece)
+        return _copy(memoryview(data)[skip:], view)
 
     def close(self) -> None:
-        self._store.close()
+        with self._lock:
+            self._is_closed = True
+            self._store.close()
+
+
+def _copy(data: bytes | memoryview, view: memoryview) -> int:
+    n = min(len(data), len(view))
+    view[:n] = data[:n]
+    return n
+
+
+@contextlib.asynccontextmanager
+async def _opened(link: Link, settings: Settings, *, read_ahead: int = READ_AHEAD) -> AsyncIterator[OrderedFetch]:
+    fetch = OrderedFetch(link, settings, keeps=True, read_ahead=read_ahead)
+    try:
+        await fetch.open()
+        yield fetch
+    finally:
+        await fetch.close()
 
 
 class _NetworkSource:
@@ -172,6 +256,7 @@ class _NetworkSource:
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
         self._fetch: OrderedFetch | None = None
+        self._content: bytes | None = None  # of a small file, which is read at once
         self._task: asyncio.Task[None] | None = None
         self._lock = threading.Lock()
         self._is_closed = False
@@ -201,6 +286,8 @@ class _NetworkSource:
         await asyncio.wait([opened, self._task], return_when=asyncio.FIRST_COMPLETED)
         if not opened.done():
             self._task.result()
+        if self._content is not None:
+            return len(self._content)
         assert self._fetch is not None and self._fetch.manifest is not None
         return self._fetch.manifest.size
 
@@ -221,12 +308,40 @@ class _NetworkSource:
                 stall_timeout_s=float(args["stall_timeout_s"]), origins=args["origins"],
                 pace=Pace(rate) if rate else None,
             )  # fmt: skip
-            fetch = OrderedFetch(link, settings, keeps=keeps)
-            stack.push_async_callback(fetch.close)
-            await fetch.open()
-            self._fetch = fetch
+            if link.path is not None:
+                link, settings = await self._find_member(link, link.path, settings)
+            if self._content is None:
+                fetch = OrderedFetch(link, settings, keeps=keeps)
+                stack.push_async_callback(fetch.close)
+                await fetch.open()
+                self._fetch = fetch
             opened.set_result(None)
             await self._closing.wait()
+
+    async def _find_member(self, link: Link, path: str, settings: Settings) -> tuple[Link, Settings]:
+        """Read a collection; returns the link of its file at `path`, and whom to ask for it.
+
+        A small file is cut out of its pack here.
+        """
+        async with _opened(replace(link, path=None), replace(settings, origins=settings.origins_of_file())) as listing:
+            assert listing.manifest is not None
+            size = listing.manifest.size
+            if size > COLLECTION_SIZE_MAX or await listing.read(0, min(size, len(MAGIC))) != MAGIC:
+                raise _no_collection(link)
+            collection = Collection.decode(await listing.read(0, size))
+            peers = listing.peers()
+        entry = member_of(collection, path, link.file_hash)
+        settings = replace(settings, peers=peers, origins=settings.origins_of_member(path))
+        if isinstance(entry, FileEntry):
+            return Link(entry.file_hash, entry.manifest_hash), settings
+        data = b""
+        if entry.size:
+            pack = collection.packs[entry.pack]
+            of_pack = replace(settings, origins=())
+            async with _opened(Link(pack.file_hash, pack.manifest_hash), of_pack, read_ahead=0) as fetch:
+                data = await fetch.read(entry.offset, entry.offset + entry.size)
+        self._content = checked_small(entry, data)
+        return link, settings
 
     async def _ask_node(self, root: Path, peers: list[PeerAddr], stack: contextlib.AsyncExitStack) -> Discovery:
         """Let a node that runs on the storage folder be a peer, and find others.
@@ -242,6 +357,8 @@ class _NetworkSource:
         return NodeDiscovery(client)
 
     def read_into(self, view: memoryview, start: int) -> int:
+        if self._content is not None:
+            return _copy(self._content[start:], view)
         assert self._fetch is not None
         self._call(self._fetch.ready(start, start + len(view)))
         with self._lock:
@@ -251,7 +368,7 @@ class _NetworkSource:
 
     async def _end(self) -> None:
         self._closing.set()
-        if self._fetch is None and self._task is not None:
+        if self._fetch is None and self._content is None and self._task is not None:
             self._task.cancel()
         await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastcas.errors import FastCASError, Interrupted, NodeUnavailable, UsageError
 from fastcas.fetch.origin import parse_origin
-from fastcas.ids import Link, parse_hash, parse_peer, parse_ref
+from fastcas.ids import Link, parse_hash, parse_member, parse_peer, parse_ref
 from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
 from fastcas.metadata import FileMetadata, Manifest
 from fastcas.node.announcer import Announcement
@@ -29,6 +29,7 @@ from fastcas.node.verifying import RepairPeers, report_to_map, run_scrub
 from fastcas.peers.discovery import CompositeDiscovery, Discovery, NodeHint, PeerHint
 
 if TYPE_CHECKING:
+    from fastcas.fetch.choosing import Choice
     from fastcas.node.agent import Agent
     from fastcas.store import FileRow
 
@@ -185,8 +186,10 @@ class RequestHandler:
         return result
 
     async def _get(self, request: Request) -> dict[str, Any]:
+        from fastcas.fetch.choosing import choice_of
+
         args = request.args
-        link = parse_ref(str(args["ref"]))
+        link, choice = parse_member(str(args["ref"])), choice_of(args)
         peers = [parse_peer(str(text), "--peer") for text in args.get("peers", [])]
         timeout_s = float(args.get("timeout_s", FETCH_TIMEOUT_S))
         bootstrap = [parse_peer(str(text), "--bootstrap") for text in args.get("bootstrap", [])]
@@ -201,7 +204,7 @@ class RequestHandler:
         if not (out or folder).is_absolute():
             raise UsageError("out: expected an absolute path")
         seeds = seeds_of(args)
-        here = await self._export(request, link, out, folder)
+        here = await self._export(request, link, out, folder, choice)
         if here is not None:
             return here
         try:
@@ -209,13 +212,13 @@ class RequestHandler:
                 link, out, folder=folder, peers=peers, timeout_s=timeout_s,
                 stall_timeout_s=float(args.get("stall_timeout_s", STALL_TIMEOUT_S)), raw=bool(args.get("raw")),
                 force=bool(args.get("force")), on_progress=request.progress, origins=origins,
-                max_download_Bps=args.get("max_download_Bps"), seed_from=seeds,
+                max_download_Bps=args.get("max_download_Bps"), seed_from=seeds, choice=choice,
             )  # fmt: skip
         finally:
             self._agent.partials.republish()
 
     async def _export(
-        self, request: Request, link: Link, out: Path | None, folder: Path
+        self, request: Request, link: Link, out: Path | None, folder: Path, choice: Choice | None
     ) -> dict[str, Any] | None:
         """Answer a `get` from this store alone, where it has everything."""
         from fastcas.node.export import export
@@ -231,7 +234,7 @@ class RequestHandler:
             return None  # known without waiting for the store, which may be busy
         raw, force = bool(request.args.get("raw")), bool(request.args.get("force"))
         return await self._agent.thread.run(
-            export, self._agent.store, link, out, folder, raw=raw, force=force, progress=progress
+            export, self._agent.store, link, out, folder, raw=raw, force=force, choice=choice, progress=progress
         )
 
     async def _peers(self, request: Request) -> dict[str, Any]:

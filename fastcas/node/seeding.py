@@ -46,7 +46,7 @@ class _PartFile:
 
 
 class Seeding:
-    """The `DownloadHooks` of one download: one part file at a time.
+    """The `DownloadHooks` of one download: one part file at a time, and one for each file of a collection.
 
     Attributes:
         finished: [(path, manifest, content_proven)] of the files that are complete.
@@ -68,6 +68,7 @@ class Seeding:
         self._on_offered = on_offered
         self._part: _PartFile | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._members: list[Seeding] = []
         self.finished: list[tuple[Path, Manifest, bool]] = []
         self.trees: list[FetchedTree] = []
 
@@ -95,9 +96,22 @@ class Seeding:
         """Remember a collection whose folder is whole; likewise."""
         self.trees.append(tree)
 
+    def member(self) -> Seeding:
+        """Return the hooks of one file of a collection."""
+        self._members = [member for member in self._members if member._part is not None or member._tasks]
+        member = Seeding(self._store, self._thread, self._publisher, self._publish, self._on_offered)
+        self._members.append(member)
+        return member
+
+    def end(self) -> None:
+        """Offer nothing more of it."""
+        self._end_part()
+
     async def close(self) -> None:
         """Offer nothing more. Idempotent."""
         self._end_part()
+        for member in self._members:
+            await member.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fastcas.config import default_storage, storage_root
 from fastcas.errors import NotFound, PermissionDenied, UsageError
 from fastcas.fetch.origin import parse_origin
-from fastcas.ids import PeerAddr, parse_chunk_size, parse_parity, parse_peer, parse_rate, parse_ref
+from fastcas.ids import PeerAddr, parse_chunk_size, parse_member, parse_parity, parse_peer, parse_rate
 from fastcas.limits import FETCH_TIMEOUT_S, STALL_TIMEOUT_S
 from fastcas.metadata import check_chunking
 from fastcas.node.access import open_access
@@ -95,12 +95,14 @@ def get(
     origins: Sequence[str] = (),
     max_download: int | str | None = None,
     seed_from: Sequence[str | os.PathLike[str]] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Fetch a file or collection by hash or link and return where it is.
 
     Args:
-        ref: 64-hex hash, or a fastcas:// link.
+        ref: 64-hex hash, or a fastcas:// link; followed by /path: that file of the collection.
         out: File (for a directory: folder) to create; None: the stored name in the current folder.
         peers: Nodes to ask, "host:port" or (host, port).
         bootstrap: DHT nodes to ask through.
@@ -111,22 +113,29 @@ def get(
         origins: URLs of HTTP servers that have the file, for chunks that no peer has.
         max_download: Limit of the rate, bytes per second or text such as "10M".
         seed_from: Files and folders, such as the version before: chunks that lie in them are not fetched.
+        include, exclude: Patterns for the files of a collection, as in `fastcas.fetch.choosing`; without: all.
         progress: Called with {"done", "total", "rate_Bps", "peers", "waiting_on"}.
     Raises:
         UsageError: An argument.
-        NoPeers, NotFound: Nobody has it.
+        NoPeers, NotFound: Nobody has it, or the collection has no such file.
         DestinationExists: The destination has other content; it was left alone.
         FastCASError: As `fastcas.fetch.download`; the part file is kept where it can be resumed.
     """
     args = {
-        "ref": str(parse_ref(ref)), "out": os.fsencode(os.path.abspath(out)) if out is not None else None,
+        "ref": str(parse_member(ref)), "out": os.fsencode(os.path.abspath(out)) if out is not None else None,
         "folder": os.fsencode(os.getcwd()), "peers": [peer_text(p) for p in peers],
         "bootstrap": [peer_text(p) for p in bootstrap], "timeout_s": timeout,
         "stall_timeout_s": stall_timeout, "force": force,
         "origins": [parse_origin(url, "origins") for url in origins],
         "max_download_Bps": rate_of(max_download),
         "seed_from": [os.fsencode(os.path.abspath(path)) for path in seed_from],
+        "include": list(include), "exclude": list(exclude),
     }  # fmt: skip
+
+    if include or exclude:
+        from fastcas.fetch.choosing import choice_of
+
+        choice_of(args)
 
     def work() -> Path:
         access = open_access(storage_root(storage_dir or default_storage()), optional=True)

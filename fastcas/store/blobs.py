@@ -137,6 +137,10 @@ class BlobWriter:
         self.lengths: array[int] = array("I")
         self.places: dict[bytes, int] = {}
 
+    def allow(self, more: int | None) -> None:
+        """Set how many bytes may follow, index included; None: any number."""
+        self._budget = None if more is None else self.size + more
+
     def reserve(self, key: bytes, length: int) -> int:
         """Give a new chunk its offset; the caller writes its bytes there before `publish`."""
         if self._fd < 0:

@@ -56,6 +56,7 @@ class Core:
         self.catalog = catalog
         self.listener: StoreListener | None = None
         self.room: Callable[[], int | None] = lambda: None  # bytes that the quota leaves, None: any number
+        self.took: Callable[[int], None] = lambda n: None  # tells the quota of bytes written without `Quota.admit`
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def close(self) -> None:
@@ -167,7 +168,8 @@ class Core:
         if len(data) != row.length or sha256(data) != row.hash:
             raise ManifestCorrupt(
                 f"manifest {short(row.hash)}: {shown(self.folder.path(name))} is damaged "
-                f"({len(data)} B, expected {row.length} B); `verify --repair` may fetch it"
+                f"({len(data)} B, expected {row.length} B); `fastcas verify --repair` may fetch it, "
+                f"`fastcas rm {row.file_hash.hex()}` gives the file up"
             )
         return Manifest.decode(data)
 

@@ -17,6 +17,7 @@ from fastcas.metadata import Manifest
 from fastcas.store.blobs import BlobWriter
 from fastcas.store.catalog import OWNED, BlobRow
 from fastcas.store.core import Core
+from fastcas.store.quota import BLOCK_B
 from fastcas.store.types import Identity
 
 __all__ = ["Healer", "Places"]
@@ -66,7 +67,7 @@ class Healer:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._blob = BlobWriter(core.folder, core.catalog.catalog_id, core.room())
+        self._blob = BlobWriter(core.folder, core.catalog.catalog_id)
         self._how: dict[bytes, str] = {}
         self._scratch = memoryview(b"")
 
@@ -125,8 +126,11 @@ class Healer:
         return self._core.try_manifest(row) if row is not None else None
 
     def _keep(self, key: bytes, data: bytes | memoryview, how: str) -> None:
+        room = self._core.room()
+        self._blob.allow(None if room is None else room // BLOCK_B * BLOCK_B - BLOCK_B)  # whole blocks count
         offset = self._blob.reserve(key, len(data))
         self._blob.write([memoryview(data)], offset, 0)
+        self._core.took(len(data))
         self._how[key] = how
 
     def _rebuild(self, manifest: Manifest, number: int, key: bytes) -> str:
@@ -163,7 +167,7 @@ class Healer:
         name = writer.publish()
         if name is None:
             return False
-        self._blob = BlobWriter(core.folder, catalog.catalog_id, core.room())
+        self._blob = BlobWriter(core.folder, catalog.catalog_id)
         path, identity = os.fsencode(name), Identity(0, 0, writer.size, 0)
         rows = [
             (bytes(writer.keys[32 * i : 32 * i + 32]), offset, length)

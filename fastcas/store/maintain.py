@@ -20,7 +20,7 @@ from dataclasses import replace
 from fastcas.errors import CatalogCorrupt, FastCASError
 from fastcas.store.blobs import check_index, open_for_change
 from fastcas.store.catalog import GROWING, LINKED, MANIFEST, OWNED, BlobRow
-from fastcas.store.core import Core
+from fastcas.store.core import Core, manifest_name
 from fastcas.store.paths import BLOB_DIR, MANIFEST_DIR, is_held, os_errors, punch_hole
 from fastcas.store.types import GcReport, StoreListener
 
@@ -233,7 +233,8 @@ def forget_growing(core: Core, numbers: Iterable[int] | None = None) -> None:
 def remove(core: Core, file_hash: bytes) -> bool:
     """Drop a file's names, pin and manifests, and the collection members that nothing else keeps.
 
-    A file that a kept collection needs loses only its names. Its chunks stay until `gc`.
+    A file that a kept collection needs loses only its names. Its chunks stay until `gc`; manifests leave the disk at
+    once (readers have read them whole), so that a catalog made anew does not list the file again.
 
     Returns:
         False if the file is not known.
@@ -262,6 +263,8 @@ def remove(core: Core, file_hash: bytes) -> bool:
             core.listener.on_file_removed(doomed_hash)
         for manifest_hash in manifests:
             core.listener.on_manifest_removed(manifest_hash)
+    for manifest_hash in manifests:
+        core.folder.discard(manifest_name(manifest_hash))
     return True
 
 

@@ -34,6 +34,7 @@ from fastcas.ids import escape_for_terminal
 __all__ = [
     "BLOB_DIR",
     "MANIFEST_DIR",
+    "OLD_CATALOG",
     "QUARANTINE_DIR",
     "Folder",
     "is_held",
@@ -48,6 +49,7 @@ __all__ = [
 BLOB_DIR = "hashed_files"
 MANIFEST_DIR = "manifests"
 QUARANTINE_DIR = "quarantine"
+OLD_CATALOG = f"{QUARANTINE_DIR}/catalog-"  # what `rebuild` replaced
 TEMP_PREFIX = ".tmp-"
 RESERVE = "reserve"
 RESERVE_B = 1 << 20  # the catalog's log of a removal and a gc

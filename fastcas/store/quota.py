@@ -4,7 +4,8 @@ Space is reserved before an ingest or download begins, for the most that it can 
 files are evicted, the longest unused first, until there is. Pinned files, what collections that stay need, and
 downloads in progress are never evicted, nor are files that take no owned space; if that leaves too little, nothing is
 evicted and the call fails. What an ingest writes is held to its reservation, too, so that the quota holds even where
-an estimate is wrong. The catalog (about 200 B per chunk), its log and the 1 MiB reserve come on top of it.
+an estimate is wrong. The catalog (110 B per chunk, some 310 B with its log) and the 1 MiB reserve come on
+top: removing things needs them, and what `rebuild` replaced does not count either.
 Counted are blocks on disk, as `du` does. The limit is remembered in the catalog.
 Never: evicts in the middle of an ingest, whose chunks could be among those that go.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 
 from fastcas.errors import StoreFull
@@ -22,13 +24,13 @@ from fastcas.metadata import CDC, FIXED
 from fastcas.store.catalog import BATCH
 from fastcas.store.core import Core
 from fastcas.store.maintain import gc, remove
-from fastcas.store.paths import BLOB_DIR, MANIFEST_DIR, QUARANTINE_DIR, shown
+from fastcas.store.paths import BLOB_DIR, MANIFEST_DIR, OLD_CATALOG, QUARANTINE_DIR, shown
 
-__all__ = ["Quota", "ingest_bound", "manifest_bound"]
+__all__ = ["QUOTA_FACT", "Quota", "ingest_bound", "manifest_bound"]
 
 log = logging.getLogger(__name__)
 
-FACT = "quota"
+QUOTA_FACT = "quota"
 BLOCK_B = 4096
 ROUNDS = 4  # of eviction: what gc frees can be a little less than what was counted on
 _PER_CHUNK_B = 48 + 64 + 32  # entry in the blob's index; hash and midstate, or parity hash, in the manifest
@@ -65,9 +67,10 @@ class Quota:
         self._used: int | None = None
         self.barrier: Callable[[], None] = lambda: None
         self.on_evicted: Callable[[list[bytes]], None] = lambda file_hashes: None
-        fact = core.catalog.fact(FACT)
+        fact = core.catalog.fact(QUOTA_FACT)
         self.limit: int | None = int.from_bytes(fact, "little") if fact else None
         core.room = self.room
+        core.took = self._took
 
     def set_limit(self, limit: int | None) -> None:
         """Set the limit in bytes, or None for none, and make what is here fit.
@@ -84,7 +87,7 @@ class Quota:
             self.limit = before
             raise
         if limit != before:
-            self._core.catalog.remember(FACT, None if limit is None else limit.to_bytes(8, "little"))
+            self._core.catalog.remember(QUOTA_FACT, None if limit is None else limit.to_bytes(8, "little"))
 
     def forget(self) -> None:
         """What is on disk changed: it is measured anew when it is asked for."""
@@ -101,16 +104,22 @@ class Quota:
                     if len(name) == 2:
                         paths += [f"{tree}/{name}/{leaf}" for leaf in folder.names(f"{tree}/{name}")]
                 for path in paths:
+                    if path.startswith(OLD_CATALOG):  # a catalog does not count, wherever it is
+                        continue
                     with contextlib.suppress(OSError):
                         info = os.stat(path, dir_fd=folder.fd, follow_symlinks=False)
-                        # The old catalog that `rebuild` links into quarantine is no data of ours twice.
-                        total += info.st_blocks * 512 if info.st_nlink == 1 else 0
+                        total += info.st_blocks * 512 if stat.S_ISREG(info.st_mode) else 0
             self._used = total
         return self._used
 
     def room(self) -> int | None:
         """Return how many bytes are left, None for any number. Nothing is evicted for those who ask here."""
         return None if self.limit is None else max(0, self.limit - self.used() - self._held)
+
+    def _took(self, n: int) -> None:
+        """Count bytes that somebody wrote who asked for `room`."""
+        if self._used is not None:
+            self._used += manifest_bound(n)
 
     def reserve(self, n: int) -> None:
         """Keep `n` bytes free until `release`, evicting what is in the way.

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from fastcas.errors import CatalogCorrupt, CollectionCorrupt, FastCASError, ManifestCorrupt
+from fastcas.errors import CatalogCorrupt, CollectionCorrupt, FastCASError, ManifestCorrupt, StoreError
 from fastcas.hashing import digest_many, sha256
 from fastcas.ids import escape_for_terminal
 from fastcas.limits import CHUNK_SIZE_MAX, COLLECTION_SIZE_MAX, MANIFEST_SIZE_MAX
@@ -35,7 +35,8 @@ from fastcas.store.collection import MAGIC, Collection
 from fastcas.store.core import Core, identity_of, manifest_name
 from fastcas.store.ingest import insert_linked
 from fastcas.store.linked import prove
-from fastcas.store.paths import BLOB_DIR, MANIFEST_DIR, QUARANTINE_DIR, Folder, os_errors, shown
+from fastcas.store.paths import BLOB_DIR, MANIFEST_DIR, OLD_CATALOG, QUARANTINE_DIR, Folder, os_errors, shown
+from fastcas.store.quota import QUOTA_FACT
 from fastcas.store.sources import open_user_file
 from fastcas.store.types import Identity, Progress, RebuildReport
 
@@ -57,6 +58,7 @@ class _Old:
     pins: dict[bytes, int] = field(default_factory=dict)
     used: dict[bytes, int] = field(default_factory=dict)
     linked: dict[bytes, list[bytes]] = field(default_factory=dict)
+    quota: bytes | None = None
 
 
 def rebuild(folder: Folder, progress: Progress | None) -> RebuildReport:
@@ -66,7 +68,7 @@ def rebuild(folder: Folder, progress: Progress | None) -> RebuildReport:
         folder: The storage folder.
         progress: Called with (bytes done, bytes total).
     Raises:
-        StoreFull, StoreError, PermissionDenied: Writing failed; the old catalog is as it was.
+        StoreFull, StoreError, PermissionDenied: Writing failed; the old catalog is as it was, or the new one is whole.
     """
     report = RebuildReport()
     kept = _keep_old(folder)
@@ -79,25 +81,52 @@ def rebuild(folder: Folder, progress: Progress | None) -> RebuildReport:
             _Rebuild(core, old, report, progress).run()
         finally:
             core.close()
+        if folder.exists(f"{temp}-wal"):  # closing it said nothing of what failed
+            who = shown(folder.path(CATALOG))
+            raise StoreError(f"{who}: the new one could not be written whole; nothing was changed")
         fd = folder.open(temp)
         try:
-            folder.unlink(f"{CATALOG}-wal")
-            folder.publish(fd, temp, CATALOG, 0o600)
+            _install(folder, fd, temp)
         finally:
             os.close(fd)
     except BaseException:
         for suffix in ("", "-wal", "-journal"):
             folder.discard(temp + suffix)
+        _forget_links(folder)
         raise
     report.old_catalog = None if kept is None else str(folder.path(kept))
     return report
+
+
+def _install(folder: Folder, fd: int, temp: str) -> None:
+    """Put the new catalog into the old one's place. Whatever fails, one of them is there whole."""
+    folder.unlink(f"{CATALOG}-wal")  # its changes are in the old catalog since that was read
+    with os_errors(folder.path(CATALOG), "making it durable"):
+        os.fchmod(fd, 0o600)
+        os.fsync(fd)
+        os.rename(temp, CATALOG, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+        os.fsync(folder.fd)
+
+
+def _forget_links(folder: Folder) -> None:
+    """Remove names in quarantine/ of the catalog that is in use: a rebuild that did not end left them."""
+    with contextlib.suppress(OSError, FastCASError):
+        current = os.stat(CATALOG, dir_fd=folder.fd, follow_symlinks=False)
+        for leaf in folder.names(QUARANTINE_DIR):
+            name = f"{QUARANTINE_DIR}/{leaf}"
+            if name.startswith(OLD_CATALOG) and os.path.samestat(
+                os.stat(name, dir_fd=folder.fd, follow_symlinks=False), current
+            ):
+                folder.discard(name)
+                folder.discard(f"{name}-wal")
 
 
 def _keep_old(folder: Folder) -> str | None:
     """Give the old catalog and its log a second name in quarantine/; returns it, None where there is none."""
     if not folder.exists(CATALOG):
         return None
-    kept = f"{QUARANTINE_DIR}/catalog-{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}.db"
+    _forget_links(folder)
+    kept = f"{OLD_CATALOG}{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}.db"
     for suffix in ("-wal", ""):
         with os_errors(folder.path(kept), "keeping the old catalog"), contextlib.suppress(FileNotFoundError):
             os.link(CATALOG + suffix, kept + suffix, src_dir_fd=folder.fd, dst_dir_fd=folder.fd, follow_symlinks=False)
@@ -114,11 +143,15 @@ def _salvage(folder: Folder, kept: str) -> _Old:
     def linked(manifest: bytes, path: bytes) -> None:
         old.linked.setdefault(bytes(manifest), []).append(bytes(path))
 
+    def quota(value: bytes) -> None:
+        old.quota = bytes(value) if len(value) == 8 else None
+
     tables = (
         ("SELECT file, name, stored_at FROM names", names),
         ("SELECT file, pinned_at FROM pins", lambda file, at: old.pins.update({bytes(file): int(at)})),
         ("SELECT file, at FROM used", lambda file, at: old.used.update({bytes(file): int(at)})),
         ("SELECT manifest, path FROM blobs WHERE kind=1 AND manifest IS NOT NULL", linked),
+        (f"SELECT value FROM meta WHERE key='{QUOTA_FACT}'", quota),
     )
     with (
         contextlib.suppress(sqlite3.Error),
@@ -156,6 +189,8 @@ class _Rebuild:
             self._say(0)
         if self._ids:  # so that gc knows the blobs of the old catalog as its own
             catalog.remember("catalog_id", self._ids.most_common(1)[0][0])
+        if self._old.quota is not None:
+            catalog.remember(QUOTA_FACT, self._old.quota)
         for manifest, stored_at in self._manifests():
             self._manifest(manifest, stored_at)
         self._collections()

@@ -31,6 +31,7 @@ from fastcas.store.core import Core, manifest_name
 from fastcas.store.heal import Healer, Places
 from fastcas.store.maintain import drop_extents, hide, renumber, withdraw
 from fastcas.store.paths import MANIFEST_DIR, QUARANTINE_DIR, shown
+from fastcas.store.quota import manifest_bound
 from fastcas.store.types import Damage, VerifyReport, Wanted
 
 __all__ = ["Scrub"]
@@ -174,6 +175,9 @@ class Scrub:
         row = core.catalog.manifest(wanted.hash)
         if row is None or data is None or len(data) != row.length or sha256(data) != row.hash:
             return False
+        room = core.room()
+        if room is not None and manifest_bound(len(data)) > room:
+            core.folder.unlink(manifest_name(row.hash))  # the damaged one makes way for its like
         core.folder.write_file(MANIFEST_DIR, manifest_name(row.hash), data, 0o400)
         old = core.catalog.blob(row.blob)
         if old is not None:
@@ -459,11 +463,15 @@ def _read_span(fd: int, span: Sequence[_Row]) -> list[memoryview | None]:
 
 
 def _quarantine(core: Core, blob: BlobRow, offset: int, key: bytes, piece: memoryview) -> None:
-    """Keep damaged bytes of an owned blob; a full disk must not stop the scrub."""
-    if blob.kind == OWNED:
+    """Keep damaged bytes of an owned blob; a full disk or quota must not stop the scrub."""
+    room = core.room()
+    if blob.kind == OWNED and room is not None and manifest_bound(len(piece)) > room:
+        log.warning("damaged chunk was not kept chunk=%s: the quota leaves %d B", short(key), room)
+    elif blob.kind == OWNED:
         name = f"{QUARANTINE_DIR}/{key.hex()}-{blob.number}-{offset}"
         try:
             core.folder.write_file(QUARANTINE_DIR, name, piece, 0o400)
+            core.took(len(piece))
         except FastCASError as exc:
             log.warning("damaged chunk was not kept chunk=%s error=%s", short(key), exc)
 

@@ -257,5 +257,7 @@ def _open(root_fd: int, root: str, leaf: _Leaf) -> FileSource:
         source = FileSource(open_user_file(name, fd, follow=False), shown(absolute), os.fsencode(absolute))
     if source.identity != leaf.identity:
         source.close()
-        raise FileChanged(f"{source.label}: changed before it was read; nothing of it was stored")
+        raise FileChanged(f"{source.label}: changed before it was read; nothing of it was stored").about(
+            (source.label, "changed before it was read")
+        )
     return source

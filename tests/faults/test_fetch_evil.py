@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastcas.errors import ChunkNotFound, FastCASError, NoPeers, Stalled
-from fastcas.fetch import crowd, receiver
+from fastcas.fetch import crowd
 from fastcas.fetch.download import DownloadResult, download
-from fastcas.fetch.receiver import AsyncReceiver
 from fastcas.ids import Link
 from tests.support.evil_peer import BEHAVIOURS, WAYS, Peer, content_of
+from tests.support.fetching import quick_deadlines, run
 
 ROOT = Path(__file__).parents[2]
 CHUNK = 16384
@@ -34,24 +33,9 @@ KINDS = sorted({kind for kind, _ in WAYS.values()})
 LIMIT_MIB = 256
 
 
-def run(work: Callable[[], Awaitable[Any]]) -> Any:
-    """Run a test's coroutine with a budget."""
-
-    async def bounded() -> Any:
-        async with asyncio.timeout(60):
-            return await work()
-
-    return asyncio.run(bounded())
-
-
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deadlines of one request in tenths of a second, so that silence is noticed soon."""
-
-    def quick(**_: Any) -> AsyncReceiver:
-        return AsyncReceiver(n_threads=1, connect_s=1.0, first_byte_s=0.3, stall_s=0.3)
-
-    monkeypatch.setattr(receiver, "AsyncReceiver", quick)
+    quick_deadlines(monkeypatch)
 
 
 async def get(link: Link, out: Path, **options: Any) -> DownloadResult:

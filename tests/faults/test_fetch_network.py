@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastcas.errors import FastCASError
-from fastcas.fetch import receiver
 from fastcas.fetch.download import DownloadResult, download
-from fastcas.fetch.receiver import AsyncReceiver
 from fastcas.ids import Link
 from tests.support.evil_peer import Peer, content_of
+from tests.support.fetching import quick_deadlines, run
 from tests.support.tcp_fault_proxy import Fault, TcpFaultProxy
 
 CHUNK = 16384
@@ -23,24 +21,9 @@ CONTENT = content_of(20 * CHUNK + 777)
 PLACES = [*range(0, 140, 9), *(CHUNK * percent // 100 for percent in range(5, 400, 40))]  # heads, and bodies
 
 
-def run(work: Callable[[], Awaitable[Any]]) -> Any:
-    """Run a test's coroutine with a budget."""
-
-    async def bounded() -> Any:
-        async with asyncio.timeout(60):
-            return await work()
-
-    return asyncio.run(bounded())
-
-
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deadlines of one request in tenths of a second, so that silence is noticed soon."""
-
-    def quick(**_: Any) -> AsyncReceiver:
-        return AsyncReceiver(n_threads=1, connect_s=1.0, first_byte_s=0.3, stall_s=0.3)
-
-    monkeypatch.setattr(receiver, "AsyncReceiver", quick)
+    quick_deadlines(monkeypatch)
 
 
 async def get(link: Link, out: Path, **options: Any) -> DownloadResult:

@@ -1,8 +1,11 @@
 """Every SHA-256 kernel against FIPS 180-4's vectors and against hashlib: sizes, cuts, alignments, midstates."""
 
 import hashlib
+import os
 import random
+import subprocess
 from array import array
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from fastcas.errors import FastCASError, KernelUnavailable, UsageError
 from fastcas.hashing import Sha256, chunk_pass, digest_many, kernel_name, kernels, self_test, sha256
 from fastcas.metadata import SHA256_IV
 
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = kernels()
 INTERESTING_SIZES = [
     0, 1, 2, 3, 31, 55, 56, 57, 63, 64, 65, 119, 120, 121, 127, 128, 129, 191, 192, 1000, 2047, 2048, 4096, 10_007,
@@ -216,3 +220,20 @@ def test_demand_for_an_unknown_kernel_raises_and_names_the_known():
             call()
         assert isinstance(caught.value, FastCASError)
         assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("flags", [["-O3"], ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]])
+def test_update_many_equals_single_updates_on_every_kernel(tmp_path, flags):
+    binary = tmp_path / "update_many"
+    sources = [*ROOT.glob("csrc/sha256/*.c"), *ROOT.glob("csrc/common/*.c")]
+    subprocess.run(
+        ["cc", "-std=c11", "-D_GNU_SOURCE", "-g", *flags, "-Icsrc", "tests/native/sha256_update_many.c",
+         *map(str, sources), "-o", str(binary)],
+        check=True, cwd=ROOT,
+    )  # fmt: skip
+    seed = os.environ.get("FASTCAS_TEST_SEED", "1")
+    done = subprocess.run([str(binary), seed], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    *lines, last = done.stdout.splitlines()
+    assert last == "ok"
+    assert [line.split()[0] for line in lines] == KERNELS

@@ -9,18 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.evil_peer import Peer, content_of, head
+from tests.support.evil_peer import Peer, content_of
 from tests.support.nodes import run_fastcas, start_node
 
 CHUNK = 16384
 CONTENT = content_of(40 * CHUNK + 1)
-
-
-class NamedOnlyPeer(Peer):
-    """Gives chunks by their names alone, so that its behaviour is met whoever asks."""
-
-    async def _next(self, options: dict[str, str], writer: asyncio.StreamWriter) -> None:
-        writer.write(head("404 Not Found", 0))
 
 
 def get(peer: Peer, out: Path, storage: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +32,7 @@ def test_silence_ends_with_4_and_names_the_missing_chunks_and_what_the_peer_did(
     tmp_path: Path, through_node: bool
 ) -> None:
     out, storage = tmp_path / "out", tmp_path / "storage"
-    peer = NamedOnlyPeer(CONTENT, behaviour="silent", evil_when=lambda nth: nth > 10)
+    peer = Peer(CONTENT, knows_next=False, behaviour="silent", evil_when=lambda nth: nth > 10)
     if through_node:
         with start_node(storage):
             done = get(peer, out, storage, "--stall-timeout", "0.6")

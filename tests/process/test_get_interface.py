@@ -22,6 +22,7 @@ from fastcas.fetch.pacing import Pace
 from fastcas.ids import Link
 from tests.support.evil_peer import Peer, content_of
 from tests.support.nodes import Node, free_port, read_line, run_fastcas, start_node
+from tests.support.seeds import bytes_sent, seeding_node
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -33,12 +34,8 @@ HASH = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, str]]:
-    folder = tmp_path_factory.mktemp("interface")
-    source = folder / "source.bin"
-    source.write_bytes(CONTENT)
-    with start_node(folder / "node") as node:
-        done = run_fastcas("store", str(source), "--storage-dir", str(node.storage), "--json")
-        yield node, json.loads(done.stdout)["link"]
+    with seeding_node(tmp_path_factory.mktemp("interface"), CONTENT) as made:
+        yield made
 
 
 def get(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -157,11 +154,6 @@ def test_pace_never_gives_more_than_its_rate_however_it_is_asked() -> None:
         assert asked <= 50_000 * (now - 100) + 1
         now += rng.choice([0.0, 0.001, 0.01, 0.09])
     assert asked >= 50_000 * 97
-
-
-def bytes_sent(node: Node) -> int:
-    status = json.loads(run_fastcas("status", "--json", "--storage-dir", str(node.storage)).stdout)
-    return sum(worker["counters"]["bytes_sent"] for worker in status["workers"])
 
 
 def test_destination_with_the_same_content_fetches_nothing_with_another_is_refused(

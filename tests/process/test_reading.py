@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import random
 import subprocess
@@ -20,6 +19,7 @@ import pytest
 import fastcas
 from fastcas.errors import NoPeers
 from tests.support.nodes import Node, run_fastcas, start_node
+from tests.support.seeds import bytes_sent, link_of, seeding_node
 
 pytestmark = pytest.mark.slow
 
@@ -31,28 +31,13 @@ HASH = hashlib.sha256(CONTENT).hexdigest()
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, str]]:
     """A node with the content, and its link."""
-    folder = tmp_path_factory.mktemp("reading")
-    source = folder / "source.bin"
-    source.write_bytes(CONTENT)
-    with start_node(folder / "node") as node:
-        done = run_fastcas("store", str(source), "--storage-dir", str(node.storage), "--json")
-        yield node, json.loads(done.stdout)["link"]
-
-
-def link_of(node: Node, path: Path) -> str:
-    """Store a file in a node and return its link."""
-    done = run_fastcas("store", str(path), "--storage-dir", str(node.storage), "--json")
-    return str(json.loads(done.stdout)["link"])
+    with seeding_node(tmp_path_factory.mktemp("reading"), CONTENT) as made:
+        yield made
 
 
 def cat(*arguments: str, storage: str = "/nonexistent") -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "fastcas", "cat", *arguments, "--storage-dir", storage]
     return subprocess.run(command, capture_output=True, timeout=60, check=False)
-
-
-def n_chunk_requests(node: Node) -> int:
-    status = json.loads(run_fastcas("status", "--json", "--storage-dir", str(node.storage)).stdout)
-    return sum(worker["counters"]["bytes_sent"] for worker in status["workers"])
 
 
 @pytest.mark.parametrize("how", ["link", "hash", "node", "store"])
@@ -79,9 +64,9 @@ def test_cat_gives_the_file_and_ranges_of_it(seed: tuple[Node, str], tmp_path: P
 
 def test_cat_by_link_fetches_hardly_more_than_the_range(seed: tuple[Node, str]) -> None:
     node, link = seed
-    before = n_chunk_requests(node)
+    before = bytes_sent(node)
     assert cat(link, "--range", "100-200").returncode == 0
-    assert n_chunk_requests(node) - before < 18 * MIB  # read-ahead and the chunk itself
+    assert bytes_sent(node) - before < 18 * MIB  # read-ahead and the chunk itself
 
 
 @pytest.mark.parametrize(
@@ -173,10 +158,7 @@ def test_a_file_cut_by_content_is_read_by_its_link_alone(tmp_path: Path) -> None
     """A bare hash proves nothing of it before its last byte is here, so nothing is handed out."""
     (tmp_path / "f").write_bytes(CONTENT)
     with start_node(tmp_path / "node") as node:
-        stored = run_fastcas(
-            "store", str(tmp_path / "f"), "--storage-dir", str(node.storage), "--chunking", "cdc", "--json"
-        )
-        link = str(json.loads(stored.stdout)["link"])
+        link = link_of(node, tmp_path / "f", "--chunking", "cdc")
         whole, part = cat(link, "--peer", node.peer), cat(link, "--peer", node.peer, "--range", "3000000-9000000")
         here = cat(link, "--range", "3000000-9000000", storage=str(node.storage))
         bare = cat(HASH, "--peer", node.peer)

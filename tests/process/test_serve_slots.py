@@ -164,3 +164,23 @@ def test_pipelined_requests_of_a_peer_come_back_in_order(tmp_path: Path) -> None
 def test_too_many_slots_are_refused(tmp_path: Path) -> None:
     with served(tmp_path) as s, pytest.raises(UsageError):
         type(s.engine)(s.listener.fileno(), s._on_flags, upload_slots=65)
+
+
+def test_however_busy_a_request_is_let_in_now_and_then(tmp_path: Path) -> None:
+    bucket = Bucket.create(MIB)
+    with served(tmp_path, upload_slots=4, bucket_fd=bucket.fd) as s:
+        big, small = s.store.add_chunks(content(16 * MIB + 1000), 16 * MIB)
+        s.client(peer(chunk(big)))
+        s.until(lambda: s.engine.statistics()["sending"] == 1, "sixteen seconds' worth is being sent")
+        s.client(peer(SWARM + b"/next"))
+        s.until(lambda: len(s.parked) == 1, "the last one let in wants little")
+        other = s.client(peer(chunk(small)))
+        statuses = [read(s, other)[0]]
+        while statuses[-1] == 503:
+            other.setblocking(True)
+            other.sendall(peer(chunk(small)))
+            other.setblocking(False)
+            statuses.append(read(s, other)[0])
+        assert (statuses[0], statuses[-1]) == (503, 200)
+        assert s.engine.statistics()["sending"] == 1  # still
+    bucket.close()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fastcas.errors import FileChanged
 from fastcas.store import Store
+from tests.support.store_rig import temps
 
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
@@ -23,7 +27,7 @@ def fastcas(*words: object, user: int | None = None) -> subprocess.CompletedProc
     code = "import sys; from fastcas.cli.start import fastcas; sys.exit(fastcas())"
     if user is not None:  # imports need our privileges where the sources are private
         code = (
-            "import sys, os, fastcas.cli.main, fastcas.node.access, fastcas.store\n"
+            "import sys, os, unicodedata, fastcas.cli.main, fastcas.node.access, fastcas.store\n"
             "from fastcas.cli.start import fastcas\n"
             f"os.setgroups([]); os.setgid({user}); os.setuid({user}); sys.exit(fastcas())"
         )
@@ -73,7 +77,19 @@ def make_loop(path: Path) -> None:
     path.symlink_to(path.name)
 
 
-@pytest.mark.parametrize(("make", "status"), [(make_fifo, 2), (make_socket, 2), (make_loop, 2)])
+def make_way_up(path: Path) -> None:
+    path.symlink_to("..")
+
+
+def make_device(path: Path) -> None:
+    os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))  # /dev/zero: never ends
+
+
+ODD = [(make_fifo, 2), (make_socket, 2), (make_loop, 2)]
+ODD += [(make_device, 2)] if os.geteuid() == 0 else []  # making one needs root
+
+
+@pytest.mark.parametrize(("make", "status"), ODD)
 def test_what_is_no_file_is_named_alone_and_in_a_tree(
     tmp_path: Path, make: Callable[[Path], None], status: int
 ) -> None:
@@ -84,6 +100,61 @@ def test_what_is_no_file_is_named_alone_and_in_a_tree(
     (tree / "good").write_bytes(b"good" * 50_000)
     make(tree / "strange")
     refused(tmp_path, tmp_path / "tree", status, "sub/strange")
+
+
+def test_link_that_leads_back_up_is_named_not_followed(tmp_path: Path) -> None:
+    tree = tmp_path / "tree/sub"
+    tree.mkdir(parents=True)
+    (tree / "good").write_bytes(b"good" * 50_000)
+    make_way_up(tree / "again")
+    refused(tmp_path, tmp_path / "tree", 2, "sub/again")
+
+
+def rewrite(path: Path, at: int) -> None:
+    with open(path, "r+b") as file:
+        file.write(b"%d" % at)
+
+
+def shorten(path: Path, at: int) -> None:
+    os.truncate(path, (64 << 20) - at)
+
+
+def lengthen(path: Path, at: int) -> None:
+    with open(path, "ab") as file:
+        file.write(b"more")
+
+
+@pytest.mark.parametrize("in_tree", [False, True])
+@pytest.mark.parametrize("change", [rewrite, shorten, lengthen])
+def test_file_that_changes_while_it_is_read_is_named_and_not_stored(
+    tmp_path: Path, change: Callable[[Path, int], None], in_tree: bool
+) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "good").write_bytes(b"good" * 50_000)
+    (tree / "restless").write_bytes(bytes(64 << 20))
+    done = threading.Event()
+
+    def disturb() -> None:
+        at = 0
+        while not done.is_set():
+            change(tree / "restless", at := at + 1)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        answer = fastcas("store", tree if in_tree else tree / "restless", "--storage-dir", tmp_path / "st", "--json")
+    finally:
+        done.set()
+        thread.join()
+    assert answer.returncode == FileChanged.exit_code, answer.stderr
+    error = json.loads(answer.stderr.splitlines()[-1])["error"]
+    assert "restless" in error["message"]
+    assert any("restless" in item["path"] for item in error["paths"])
+    with Store.open(tmp_path / "st") as store:
+        assert store.files() == []
+        assert [*store.root.glob("hashed_files/*/*"), *store.root.glob("manifests/*/*")] == []
+        assert temps(store.root) == []
 
 
 def test_device_and_too_long_name_are_refused(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """A scripted peer: a data port in plain asyncio that serves one file well, or misbehaves on request.
 
 `Peer(content)` answers like a node. `behaviour` names what it does instead: to chunk requests a method `_evil_<name>`
-below, elsewhere one of `evil_ways.WAYS`. It counts what was asked of it.
+below, elsewhere one of `evil_ways.WAYS`. It counts what was asked of it. With `knows_next` off it gives chunks by
+their names alone, so that its behaviour is met whoever asks; `gate` holds its chunks back while it is cleared.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Peer:
         known_peers: list[list[Any]] | None = None,
         evil_when: Callable[[int], bool] = lambda nth: True,
         node_id: str | None = None,
+        knows_next: bool = True,
     ) -> None:
         self.content = content
         self.manifest = manifest or make_manifest(content, chunk_size, k, m)
@@ -81,6 +83,8 @@ class Peer:
         self.proven = proven
         self.known_peers = known_peers or []
         self.evil_when = evil_when
+        self.knows_next = knows_next
+        self.asked_for_chunk = asyncio.Event()
         self.node_id = node_id or hashlib.sha1(random.randbytes(8)).hexdigest()
         self.asked: Counter[str] = Counter()
         self.n_chunks_served = 0
@@ -227,6 +231,7 @@ class Peer:
         await self.gate.wait()
         data = self.bytes_of(index)
         self.n_chunk_requests += 1
+        self.asked_for_chunk.set()
         if self.behaviour != "good" and self.evil_when(self.n_chunk_requests):
             if await self._misbehaves("chunks", data, writer):
                 return
@@ -238,6 +243,9 @@ class Peer:
         writer.write(head("200 OK", len(data), "ETag: x", "Cache-Control: public") + data)
 
     async def _next(self, options: dict[str, str], writer: asyncio.StreamWriter) -> None:
+        if not self.knows_next:
+            writer.write(head("404 Not Found", 0))
+            return
         left = [i for i in range(int(options["from"]), self.manifest.n_chunks) if i not in self.given]
         if not left:
             writer.write(head("204 No Content", None))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcas.errors import FastCASError
+from fastcas.fetch import filling
 from fastcas.fetch.download import download
 from fastcas.ids import Link
 
@@ -27,6 +28,7 @@ FOREIGN = 99
 
 def fetch(order: dict[str, Any]) -> None:
     stall_s = float(order.get("stall_timeout_s", 30.0))
+    filling.PARITY_AFTER_S = float(order.get("parity_after_s", filling.PARITY_AFTER_S))
     work = download(Link.parse(order["link"]), Path(order["out"]), discovery=None, stall_timeout_s=stall_s)
     asyncio.run(work)
 

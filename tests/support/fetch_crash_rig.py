@@ -20,6 +20,7 @@ from fastcas.fetch.download import DownloadResult, download
 from fastcas.fetch.journal import Journal
 from fastcas.ids import Link
 from tests.support.evil_peer import Peer
+from tests.support.library import Library
 
 __all__ = ["FOREIGN", "Rig", "Struck", "rig"]
 
@@ -40,7 +41,7 @@ class Struck:
 class Rig:
     """A peer, a process that starts downloads, and the folder where they go."""
 
-    def __init__(self, peer: Peer, folder: Path, starter: asyncio.subprocess.Process) -> None:
+    def __init__(self, peer: Peer | Library, folder: Path, starter: asyncio.subprocess.Process) -> None:
         self.peer = peer
         self.folder = folder
         self.out = folder / "there" / "out"
@@ -82,49 +83,59 @@ class Rig:
         text = log.read_text()
         return Struck(ended["status"], ended["error"], "INJECTED" in text or "SIGKILL" in text)
 
+    @property
+    def file(self) -> Peer:
+        """The peer of the one file."""
+        assert isinstance(self.peer, Peer)
+        return self.peer
+
     def listed(self) -> dict[int, bool]:
         """Return what the journal lists; asserts that it lists nothing that is not in the part file."""
         if not self.journal.exists():
             return {}
-        journal = Journal(self.journal, self.peer.manifest.manifest_hash)
+        manifest = self.file.manifest
+        journal = Journal(self.journal, manifest.manifest_hash)
         try:
-            chunks = journal.read(self.peer.manifest.n_chunks).chunks
+            chunks = journal.read(manifest.n_chunks).chunks
         finally:
             journal.close()
-        size = self.peer.manifest.chunk_size
+        size = manifest.chunk_size
         if self.part.exists():
             with self.part.open("rb") as file:
                 for index, is_checked in chunks.items():
                     file.seek(index * size)
-                    data = file.read(self.peer.manifest.length_of(index))
-                    right = hashlib.sha256(data).digest() == self.peer.manifest.hash_of(index)
+                    data = file.read(manifest.length_of(index))
+                    right = hashlib.sha256(data).digest() == manifest.hash_of(index)
                     assert right or not is_checked, f"chunk #{index} is listed and wrong"
         return chunks
 
-    async def resume(self, link: Link, *, n_least: int = 0) -> DownloadResult:
+    async def resume(self, link: Link, *, n_least: int = 0, rebuilds: bool = False) -> DownloadResult:
         """Download again, here; asserts that all is right, nothing is left over, and what was there is used.
 
         Args:
             n_least: Chunks that must be found in the part file, beside those that the journal lists.
+            rebuilds: Some chunks are rebuilt from parity, of which more may be fetched than is used.
         """
+        peer = self.file
         listed = self.listed() if self.part.exists() else {}
         was_there = self.out.exists()
-        before = self.peer.n_chunks_served
+        before = peer.n_chunks_served
         result = await download(link, self.out, discovery=None)
-        n_served = self.peer.n_chunks_served - before
-        assert hashlib.sha256(self.out.read_bytes()).digest() == self.peer.manifest.file_hash
+        n_served = peer.n_chunks_served - before
+        assert hashlib.sha256(self.out.read_bytes()).digest() == peer.manifest.file_hash
         assert [path.name for path in self.out.parent.iterdir()] == ["out"]
         if was_there:
             assert n_served == 0
         else:
-            n_found = -(-result.resumed_bytes // self.peer.manifest.chunk_size)
+            n_found = -(-result.resumed_bytes // peer.manifest.chunk_size)
             assert n_found >= max(n_least, sum(listed.values()))
-            assert n_served == self.peer.manifest.n_chunks - n_found
+            left = peer.manifest.n_chunks - n_found
+            assert n_served <= left + peer.manifest.n_parity if rebuilds else n_served == left
         return result
 
 
 @contextlib.asynccontextmanager
-async def rig(folder: Path, peer: Peer) -> AsyncIterator[Rig]:
+async def rig(folder: Path, peer: Peer | Library) -> AsyncIterator[Rig]:
     """Start everything; `peer` is not started yet."""
     async with peer:
         starter = await asyncio.create_subprocess_exec(
@@ -133,7 +144,7 @@ async def rig(folder: Path, peer: Peer) -> AsyncIterator[Rig]:
         )  # fmt: skip
         made = Rig(peer, folder, starter)
         try:
-            await made.ask(link=str(peer.link()), out=str(folder / "warm-up"))
+            await made.ask(link=str(peer.link()), out=str(folder / "warm-up"), parity_after_s=0.05)
             yield made
         finally:
             assert starter.stdin is not None

@@ -19,12 +19,14 @@ class OriginServer:
         behaviour: str = "good",
         *,
         location: str = "",
+        target: str = "/file.bin",
         context: ssl.SSLContext | None = None,
         when: Callable[[int], bool] = lambda nth: True,
     ) -> None:
         self.content = content
         self.behaviour = behaviour
         self.location = location
+        self.target = target
         self.context = context
         self.when = when
         self.ranges: list[tuple[int, int]] = []
@@ -47,7 +49,12 @@ class OriginServer:
 
     @property
     def url(self) -> str:
-        return f"{'https' if self.context else 'http'}://{self.host}/file.bin"
+        return f"{'https' if self.context else 'http'}://{self.host}{self.target}"
+
+    @property
+    def folder(self) -> str:
+        """URL of the folder that is served: one file is in it."""
+        return f"http://{self.host}/"
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -57,7 +64,8 @@ class OriginServer:
         try:
             while True:
                 request = (await reader.readuntil(b"\r\n\r\n")).decode()
-                assert "Accept-Encoding: identity\r\n" in request and request.startswith("GET /file.bin HTTP/1.1\r\n")
+                assert "Accept-Encoding: identity\r\n" in request
+                assert request.startswith(f"GET {self.target} HTTP/1.1\r\n")
                 match = re.search(r"\r\nRange: bytes=(\d+)-(\d+)\r\n", request)
                 assert match is not None
                 await self._answer(int(match[1]), int(match[2]) + 1, writer)

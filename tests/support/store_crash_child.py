@@ -5,8 +5,10 @@ for (kind, n) first makes STRIKE - n such calls on a descriptor that is not open
 of the operation itself. The parent makes no such call. A kind is over after PATIENCE children in a row that came
 through. Prints one line of JSON: [kind, n, exit status] of each child, in order.
 
-usage: python -m tests.support.store_crash_child FOLDER OPERATION PATIENCE KIND…
-FOLDER/1, FOLDER/2, … each hold a copy of one store for one child; FOLDER/input is what gets stored.
+usage: python -m tests.support.store_crash_child FOLDER OPERATION PATIENCE FIRST PASSED KIND…
+FOLDER/1, FOLDER/2, … each hold a copy of one store for one child, and there are as many children at most;
+FOLDER/input is what gets stored. FIRST, PASSED: of the first kind, the n to go on with, and how many came through in a
+row before.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from fastcas.errors import FastCASError
+from fastcas.errors import FastCASError, StoreError
 from fastcas.store import Store
 
 STRIKE = int(os.environ.get("FASTCAS_STRIKE", "200"))
 FOREIGN = 99  # exit status for an exception that is not ours
 UNWILLING = 98  # the second try did not work
+UNNAMED = 97  # the error does not name the store's folder
 CLOSED = 1_000_000  # no process has this descriptor
 
 
@@ -49,7 +52,15 @@ def repair(store: Store, given: Path) -> None:
 
 
 def migrate(store: Store, given: Path) -> None:
-    store.migrate(given / "old")
+    left_out = store.migrate(given / "old").left_out
+    if left_out:  # a file that cannot be written is left out with its reason, and the others are taken over
+        raise StoreError("; ".join(reason for _, reason in left_out))
+
+
+def remove(store: Store, given: Path) -> None:
+    for row in store.files():
+        if row.name.startswith("more"):
+            store.remove(row.file_hash)
 
 
 def evict(store: Store, given: Path) -> None:
@@ -63,7 +74,7 @@ def rebuild(store: Store, given: Path) -> None:
 
 
 OPERATIONS = {
-    call.__name__: call for call in (store_file, store_tree, in_place, gc, repair, migrate, evict, rebuild)
+    call.__name__: call for call in (store_file, store_tree, in_place, gc, remove, repair, migrate, evict, rebuild)
 }
 KINDS: dict[str, Callable[[], object]] = {
     "pwrite64": lambda: os.pwrite(CLOSED, b"", 0),
@@ -93,7 +104,9 @@ def child(root: Path, given: Path, operation: str, kind: str, n: int) -> int:
     try:
         attempt(root, operation, given)
     except FastCASError as exc:
-        status = exc.exit_code
+        status = exc.exit_code if str(root) in str(exc) else UNNAMED
+        if status == UNNAMED:
+            traceback.print_exc()
     else:
         return 0
     try:
@@ -106,16 +119,18 @@ def child(root: Path, given: Path, operation: str, kind: str, n: int) -> int:
 
 def main() -> None:
     folder, operation, patience = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    first, passed = int(sys.argv[4]), int(sys.argv[5])
     answers: list[tuple[str, int, int]] = []
-    for kind in sys.argv[4:]:
-        passed = 0
-        for n in range(1, STRIKE):
-            root = folder / str(len(answers) + 1) / "store"
+    for kind in sys.argv[6:]:
+        for n in range(first, STRIKE):
+            root = folder / str(len(answers) + 1)
+            if not root.exists():
+                break
             pid = os.fork()
             if pid == 0:
                 status = FOREIGN
                 try:
-                    status = child(root, folder / "input", operation, kind, n)
+                    status = child(root / "store", folder / "input", operation, kind, n)
                 except BaseException:
                     traceback.print_exc()
                     raise
@@ -125,6 +140,11 @@ def main() -> None:
             passed = passed + 1 if answers[-1][2] == 0 else 0
             if passed == patience:
                 break
+        else:
+            raise AssertionError(f"more than {STRIKE} calls of {kind}")
+        if passed < patience:
+            break
+        first, passed = 1, 0
     print(json.dumps(answers))
 
 

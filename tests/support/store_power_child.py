@@ -1,7 +1,8 @@
 """Stores, pins, removes and collects without end on a mount that is about to lose its power.
 
 usage: python -m tests.support.store_power_child STORE SEED
-Each line on stdout is an acknowledgement: "put SEED SIZE" or "gone SEED", written after the call returned.
+Each line on stdout is an acknowledgement: "hash HASH STAMP" (CLOCK_MONOTONIC, ns), after the call returned, or
+"gone HASH STAMP", before a removal.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ import os
 import random
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from fastcas.store import Store
 from tests.support.store_rig import data_of, sha
 
 UNIT = 16384
+
+
+def say(word: bytes, file_hash: str) -> None:
+    os.write(1, b"%s %s %d\n" % (word, file_hash.encode(), time.monotonic_ns()))
 
 
 def main() -> None:
@@ -32,15 +38,15 @@ def main() -> None:
                 (Path(given) / "tree" / "f").write_bytes(data_of(size, name))
                 (Path(given) / "tree" / "small").write_bytes(data_of(100, name))
                 stored = store.store_tree(Path(given) / "tree", chunk_size=UNIT)
-                os.write(1, b"hash %s\n" % stored.file_hash.encode())
+                say(b"hash", stored.file_hash)
             else:
                 path.write_bytes(data_of(size, name))
                 store.store_file(path, chunk_size=UNIT, parity=chooser.choice([None, (4, 2)]))
                 here[name] = sha(data_of(size, name))
-                os.write(1, b"hash %s\n" % here[name].hex().encode())
+                say(b"hash", here[name].hex())
             if here and chooser.random() < 0.3:
                 victim = chooser.choice(sorted(here))
-                os.write(1, b"gone %s\n" % here[victim].hex().encode())  # from here on it need not be there
+                say(b"gone", here[victim].hex())  # from here on it need not be there
                 store.remove(here.pop(victim))
             if chooser.random() < 0.2:
                 store.gc(lambda: None)

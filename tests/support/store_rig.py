@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import stat
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,3 +164,16 @@ def put(
     manifest = store.manifest(bytes.fromhex(stored.manifest_hash))
     assert manifest is not None
     return data, manifest
+
+
+def counted_files(root: Path) -> dict[int, int]:
+    """What counts against a quota: disk blocks in bytes by inode. Raises FileNotFoundError if something goes away."""
+    trees = ("hashed_files", "manifests", "quarantine")
+    files = (path for tree in trees for path in (root / tree).rglob("*") if not path.name.startswith("catalog-"))
+    infos = [path.lstat() for path in files]
+    return {info.st_ino: info.st_blocks * 512 for info in infos if stat.S_ISREG(info.st_mode)}
+
+
+def disk_bytes(root: Path) -> int:
+    """The bytes on disk that count against a quota."""
+    return sum(counted_files(root).values())

@@ -27,6 +27,7 @@ from fastcas.table import GivenBoard
 
 MBIT = 1e6 / 8
 POLL_S = 0.1
+WAKE_S = 0.01  # a leecher that waits for the end of a rest looks at most so often
 WAIT_S = 0.1
 BACKLOG_S = 0.03
 QUANTA = 4  # per chunk
@@ -151,6 +152,7 @@ class Simulation:
             self.swarm.n_chunks, self.swarm.chunk_size, wanted=self._full, rng=random.Random(self.rng.getrandbits(64)),
             others_until=self.now + 1.0,
         )  # fmt: skip
+        host.scheduler.is_busy = lambda: _is_busy(host)
         self.leechers.append(host)
         self._learn(host, self.seed)
         self.at(self.now + POLL_S * self.rng.random(), self._look, host)
@@ -217,7 +219,7 @@ class Simulation:
         wake = scheduler.wake_at(self.now)
         if wake is not None and host.wake > wake:
             host.wake = wake
-            self.at(max(wake, self.now + 0.001), self._woken, host)
+            self.at(max(wake, self.now + WAKE_S), self._woken, host)
 
     def _woken(self, host: _Host) -> None:
         host.wake = math.inf
@@ -264,7 +266,7 @@ class Simulation:
             if not server.have >> index & 1:
                 self.at(back, self._answer, client, server, index, "missing")
                 return
-            if server.active and server.waiting > WAIT_S * server.up:
+            if _is_busy(server):
                 self.at(back, self._answer, client, server, index, "busy")
                 return
         server.waiting += self.swarm.chunk_size
@@ -318,6 +320,11 @@ class Simulation:
         else:
             server.active.rotate(-1)
         self._send(server)
+
+
+def _is_busy(host: _Host) -> bool:
+    """Rule 2: more waits than the uplink sends in WAIT_S."""
+    return bool(host.active) and host.waiting > WAIT_S * host.up
 
 
 def simulate(swarm: Swarm) -> Outcome:

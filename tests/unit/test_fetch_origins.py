@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import ssl
 import subprocess
-from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastcas.errors import ChunkNotFound, NoPeers, Stalled, UsageError
+from fastcas.fetch.choosing import Choice
 from fastcas.fetch.download import DownloadResult, download
 from fastcas.fetch.origin import parse_origin, refused_target
 from fastcas.fetch.pacing import Pace
 from fastcas.ids import Link
+from fastcas.store.collection import FileEntry
 from tests.support.evil_peer import Peer, content_of, make_manifest
+from tests.support.fetching import run
+from tests.support.library import BIG, library
 from tests.support.origin_server import OriginServer
 
 CHUNK = 16384
 CONTENT = content_of(40 * CHUNK + 777)
 N = 41
-
-
-def run(work: Callable[[], Awaitable[Any]]) -> Any:
-    """Run a test's coroutine with a budget."""
-
-    async def bounded() -> Any:
-        async with asyncio.timeout(30):
-            return await work()
-
-    return asyncio.run(bounded())
 
 
 async def get(peer: Peer, out: Path, *urls: str, bare: bool = False, **options: Any) -> DownloadResult:
@@ -230,3 +223,40 @@ def test_https_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     run(work)
     assert (tmp_path / "out").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("how", ["whole", "chosen", "by its path"])
+def test_origin_of_a_folder_fills_the_files_of_a_collection(tmp_path: Path, how: str) -> None:
+    """The URL of the folder, and the path within the collection, percent-encoded."""
+    path = "a/big one%.bin"
+    big = Peer(BIG).manifest
+    lib, _ = library(files=(FileEntry(path, False, len(BIG), big.file_hash, big.manifest_hash),))
+    lib.peers[1].have = {0, 1, 5}
+    lacking = len(BIG) - 3 * CHUNK
+
+    async def work() -> None:
+        async with lib, OriginServer(BIG, target="/a/big%20one%25.bin") as server:
+            link = replace(lib.link(), path=path if how == "by its path" else None)
+            result = await download(
+                link, tmp_path / "out", discovery=None, origins=[server.folder],
+                choice=Choice(["a/*.bin"]) if how == "chosen" else None,
+            )  # fmt: skip
+            assert result.bytes_by_origin == {server.url: lacking}
+            assert not result.failed_origins
+
+    run(work)
+    out = tmp_path / "out" if how == "by its path" else tmp_path / "out" / path
+    assert out.read_bytes() == BIG
+
+
+def test_wrong_bytes_of_a_folder_are_not_taken(tmp_path: Path) -> None:
+    lib, _ = library()
+    lib.peers[1].have = set(range(5))
+
+    async def work() -> None:
+        async with lib, OriginServer(BIG, "wrong_bytes", target="/a/big.bin") as server:
+            with pytest.raises(ChunkNotFound, match="wrong bytes"):
+                await download(lib.link(), tmp_path / "out", discovery=None, origins=[server.folder])
+
+    run(work)
+    assert not (tmp_path / "out").exists()

@@ -277,6 +277,12 @@ class _Hooks:
     def on_tree(self, tree: FetchedTree) -> None:
         self.calls.append("tree")
 
+    def member(self) -> _Hooks:
+        return self
+
+    def end(self) -> None:
+        """Not of interest."""
+
 
 def test_hooks_and_progress_tell_the_story(tmp_path: Path) -> None:
     hooks = _Hooks()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastcas.fetch.scheduler import BUSY_S, Ask, Scheduler, bits, from_bitfield, lowest_bits
+from fastcas.fetch.scheduler import BUSY_S, CROWD_IN_FLIGHT, Ask, Scheduler, bits, from_bitfield, lowest_bits
 
 CHUNK = 1 << 18
 
@@ -288,6 +288,32 @@ def test_leecher_that_became_complete_is_not_asked_to_choose() -> None:
     assert all(ask.index is not None for ask in scheduler.decide(0.0))
 
 
+def test_busy_node_asks_for_nothing_new_while_it_waits_for_something() -> None:
+    scheduler = with_peers(make(100), (1 << 100) - 1, 0b1)
+    busy = [True]
+    scheduler.is_busy = lambda: busy[0]
+    assert [ask for ask in scheduler.decide(0.0) if ask.index is None]  # nothing was in flight
+    scheduler = with_peers(make(100), 0b1)
+    scheduler.is_busy = lambda: busy[0]
+    assert scheduler.decide(0.0) == [Ask(0, 0)]
+    scheduler.add_peer(1)
+    scheduler.set_have(1, scheduler.full, is_seed=True)
+    assert scheduler.decide(0.1) == []
+    assert scheduler.wake_at(0.1) == pytest.approx(0.1 + BUSY_S)
+    busy[0] = False
+    assert {ask.index for ask in scheduler.decide(0.2)} == {None}
+
+
+def test_crowd_is_asked_for_so_many_chunks_at_once_unless_rates_ask_for_more() -> None:
+    half = (1 << 200) - 1
+    scheduler = with_peers(make(400), *[half] * 60)
+    assert len(scheduler.decide(0.0)) == CROWD_IN_FLIGHT
+    for peer in scheduler.peers.values():
+        peer.depth = 2
+    scheduler.decide(0.1)
+    assert scheduler.n_in_flight == 120
+
+
 # --- a small swarm in virtual time ---
 
 
@@ -409,6 +435,19 @@ def test_late_chunk_is_asked_of_who_has_delivered() -> None:
             scheduler.add_peer(key)
             scheduler.set_have(key, 3, is_seed=False)
         assert scheduler.decide(10.0)[0] == Ask("delivers", 1)
+
+
+def test_slow_peer_is_late_once_others_would_have_been() -> None:
+    scheduler = with_peers(make(3), 0b101, 0b010, 0b010)
+    for key, index, took_s in ((0, 0, 10.0), (1, 1, 0.1), (2, 1, 0.1)):
+        scheduler.lost(0, 2)
+        scheduler.peers[key].rate_Bps = CHUNK / took_s
+        scheduler.done(index)
+    scheduler.add_peer("has it, too")
+    assert scheduler.decide(20.0) == [Ask(0, 2)]
+    scheduler.set_have("has it, too", 0b100, is_seed=False)
+    assert scheduler.decide(20.4) == []
+    assert scheduler.decide(20.7) == [Ask("has it, too", 2)]  # thirty seconds, as fast as it is
 
 
 def test_stand_in_is_asked_for_instead_of_a_late_chunk_and_the_chunk_itself_when_that_is_late_too() -> None:

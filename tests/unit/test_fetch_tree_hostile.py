@@ -13,7 +13,8 @@ from fastcas.fetch.download import download
 from fastcas.ids import Link
 from fastcas.store.collection import FileEntry
 from tests.support.evil_peer import Peer
-from tests.unit.test_fetch_tree import BIG, library, run, tree_of
+from tests.support.fetching import run
+from tests.support.library import BIG, library, tree_of
 
 
 def fetch(lib: Any, out: Path) -> None:

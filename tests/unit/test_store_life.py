@@ -208,6 +208,22 @@ def test_remove_and_gc_free_the_space(store: Store, mirror: Mirror, tmp_path: Pa
     assert store.stats()["chunks"] == 0
 
 
+def test_removed_manifest_is_off_the_disk_at_once_and_back_with_its_file(
+    store: Store, mirror: Mirror, tmp_path: Path
+) -> None:
+    data = data_of(3 * UNIT)
+    stored = put(store, tmp_path / "f", data)
+    path = store.root / "manifests" / stored.manifest_hash[:2] / stored.manifest_hash
+    assert path.exists()
+    store.remove(bytes.fromhex(stored.file_hash))
+    assert not path.exists()
+    put(store, tmp_path / "f", data)
+    assert path.exists()
+    store.gc(nothing)
+    assert mirror.content(bytes.fromhex(stored.manifest_hash)) == data
+    check_replay(store, mirror)
+
+
 def test_gc_punches_holes_between_living_chunks(store: Store, mirror: Mirror, tmp_path: Path) -> None:
     shared, own = data_of(64 * UNIT, 1), data_of(64 * UNIT, 2)
     first = put(store, tmp_path / "both", shared + own)
@@ -271,14 +287,16 @@ def test_gc_never_touches_a_users_file(store: Store, mirror: Mirror, tmp_path: P
     assert mirror.blobs == {}
 
 
-def test_gc_with_an_unreadable_manifest_frees_nothing(store: Store, tmp_path: Path) -> None:
+def test_gc_with_an_unreadable_manifest_frees_nothing_until_it_is_given_up(store: Store, tmp_path: Path) -> None:
     stored = put(store, tmp_path / "f", data_of(4 * UNIT))
     other = put(store, tmp_path / "g", data_of(5 * UNIT))
     flip(store.root / "manifests" / stored.manifest_hash[:2] / stored.manifest_hash, 70)
     store.remove(bytes.fromhex(other.file_hash))
-    with pytest.raises(ManifestCorrupt, match="damaged"):
+    with pytest.raises(ManifestCorrupt, match=f"damaged.*fastcas rm {stored.file_hash}"):
         store.gc(nothing)
     assert len(blob_files(store.root)) == 2
+    store.remove(bytes.fromhex(stored.file_hash))
+    assert store.gc(nothing).blobs_unlinked == 2
 
 
 def test_gc_keeps_pinned_and_twice_named_files(store: Store, tmp_path: Path) -> None:

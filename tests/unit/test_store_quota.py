@@ -10,7 +10,7 @@ import pytest
 from fastcas.errors import StoreFull
 from fastcas.store import Store
 from fastcas.store import listing as listing_module
-from tests.support.store_rig import Mirror, check_replay, data_of, flip, followed, put, sha
+from tests.support.store_rig import KIB, Mirror, check_replay, data_of, flip, followed, put, sha
 
 MIB = 1 << 20
 
@@ -151,6 +151,44 @@ def test_parity_and_repair_count(store: Store, tmp_path: Path) -> None:
         store.verify(repair=True)
     store.quota.set_limit(None)
     assert store.verify(repair=True).is_clean
+
+
+def test_damage_is_healed_within_the_quota_and_kept_where_there_is_room(store: Store, tmp_path: Path) -> None:
+    data, manifest = put(store, tmp_path, 20, (4, 2))
+    for room, is_kept in ((64 * KIB, True), (40 * KIB, False)):
+        quarantine = store.root / "quarantine"
+        before = len(list(quarantine.iterdir()))
+        store.quota.set_limit(on_disk(store) + room)
+        assert store.quota.limit is not None
+        blob, offset, _ = store._core.catalog.extents_of(manifest.hash_of(3))[0]
+        flip(store._core.path_of(blob).decode(), offset)
+        if is_kept:
+            assert store.verify(repair=True).is_clean
+        else:
+            with pytest.raises(StoreFull, match="quota"):
+                store.verify(repair=True)
+        assert len(list(quarantine.iterdir())) - before == 1
+        assert on_disk(store) <= store.quota.limit
+    blob, offset, _ = store._core.catalog.extents_of(manifest.hash_of(7))[0]
+    flip(store._core.path_of(blob).decode(), offset)
+    store.quota.set_limit(on_disk(store) + 8192)  # no room for the damaged bytes
+    with pytest.raises(StoreFull, match="quota"):
+        store.verify(repair=True)
+    assert on_disk(store) <= (store.quota.limit or 0)
+    store.quota.set_limit(None)
+    assert store.verify(repair=True).is_clean
+    assert followed(store).content(manifest.manifest_hash) == data
+
+
+def test_damaged_manifest_is_replaced_within_the_quota(store: Store, tmp_path: Path) -> None:
+    _, manifest = put(store, tmp_path, 3)
+    text = manifest.manifest_hash.hex()
+    flip(store.root / "manifests" / text[:2] / text, 60)
+    store.quota.set_limit(None)
+    limit = on_disk(store)
+    store.quota.limit = limit
+    assert store.verify(repair=True, fetch=lambda key: manifest.data).is_clean
+    assert on_disk(store) <= limit
 
 
 def test_never_exceeded_by_any_order_of_commands(store: Store, tmp_path: Path) -> None:

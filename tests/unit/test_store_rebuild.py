@@ -12,7 +12,7 @@ import pytest
 from fastcas.errors import CatalogCorrupt, StoreFull, StoreLocked, StoreNotFound
 from fastcas.store import Store
 from fastcas.store import rebuild as rebuild_module
-from tests.support.store_rig import UNIT, blob_files, check_replay, data_of, flip, followed, put, sha, temps
+from tests.support.store_rig import UNIT, blob_files, check_replay, data_of, disk_bytes, flip, followed, put, sha, temps
 
 
 def _filled(folder: Path) -> Path:
@@ -172,6 +172,61 @@ def test_rebuild_that_fails_leaves_the_old_catalog(tmp_path: Path, monkeypatch: 
     assert temps(root) == []
     with Store.open(root) as store:
         followed(store).check()
+
+
+@pytest.mark.parametrize("is_old_there", [True, False])
+def test_removed_files_stay_removed_although_gc_never_ran(tmp_path: Path, is_old_there: bool) -> None:
+    root = tmp_path / "st"
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/large").write_bytes(data_of(100_000, 11))
+    with Store.open(root, create=True) as store:
+        _, kept = put(store, tmp_path, 3)
+        _, gone = put(store, tmp_path, 5)
+        tree = store.store_tree(tmp_path / "tree", chunk_size=UNIT)
+        store.remove(gone.file_hash)
+        store.remove(bytes.fromhex(tree.file_hash))
+    if not is_old_there:
+        (root / "catalog.db").unlink()
+    Store.rebuild(root)
+    with Store.open(root) as store:
+        assert [row.file_hash for row in store.files()] == [kept.file_hash]
+        mirror = followed(store)
+        store.gc(mirror.check)
+        assert len(blob_files(root)) == 1
+        put(store, tmp_path, 5)
+        assert gone.file_hash in mirror.files
+
+
+def test_quota_outlives_the_catalog_and_old_catalogs_do_not_count(tmp_path: Path) -> None:
+    root = _filled(tmp_path)
+    with Store.open(root) as store:
+        store.quota.set_limit(disk_bytes(root) + 4096)
+        store.remember("filler", bytes(200_000))
+    for _ in range(2):
+        Store.rebuild(root)
+        with Store.open(root) as store:
+            assert store.quota.limit is not None
+            assert store.stats()["used"] == disk_bytes(root) <= store.quota.limit
+    assert len(list((root / "quarantine").glob("catalog-*.db"))) == 2
+
+
+def test_unfinished_rebuild_leaves_no_second_name_of_the_catalog(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = _filled(tmp_path)
+
+    def killed(*_: object) -> None:
+        raise StoreFull("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rebuild_module, "_install", killed)
+        with pytest.raises(StoreFull):
+            Store.rebuild(root)
+    assert list((root / "quarantine").iterdir()) == []
+    os.link(root / "catalog.db", root / "quarantine/catalog-killed.db")
+    Store.rebuild(root)
+    assert len(list((root / "quarantine").glob("catalog-*"))) == 1
+    assert (root / "catalog.db").stat().st_nlink == 1
 
 
 def test_old_catalog_is_kept_with_its_log(tmp_path: Path) -> None:
