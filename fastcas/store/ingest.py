@@ -192,7 +192,7 @@ class Hashes:
         self.file_hash = EMPTY_SHA256
 
     def feed(self, data: memoryview) -> list[bytes]:  # hot
-        """Return the hashes of the next chunks, back to back in `data`: one pass over all but a last one that is short."""
+        """Return the hashes of the next chunks, back to back in `data`: one pass over all whole ones."""
         n_chunks = -(-len(data) // self._chunk_size)
         self._left -= n_chunks
         end = len(data) // self._chunk_size * self._chunk_size
