@@ -117,7 +117,8 @@ bench-swarm: bench-tools
 
 # 1,000 and 10,000 leechers in virtual time, alike and with slow uplinks and churn; about four minutes, 250 MiB
 swarm-sim: build
-	$(PY) -m tests.support.swarm_sim --chunks 64 100 1000
+	$(PY) -m tests.support.swarm_sim --chunks 256 10 100
+	$(PY) -m tests.support.swarm_sim --chunks 64 1000
 	$(PY) -m tests.support.swarm_sim --chunks 8 10000
 
 bench-kernels: bench-tools

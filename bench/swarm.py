@@ -10,8 +10,8 @@ with file size F, the seed's and the leechers' uplinks u_s, u and downlinks d as
 header fits into this bound is part of the figure. Starting the processes and finding the manifest are printed apart.
 "Seed sent" is what the seed's workers wrote of bodies, over F.
 
-    python -m bench.swarm [--case NAME]... [--turns 1] [--no-libtorrent]
-        [--timeline] [--folder DIR] [--json FILE] [--check]
+    python -m bench.swarm [--case NAME]... [--turns 1] [--no-libtorrent] [--timeline] [--folder DIR] [--json FILE]
+                          [--check]
 
 libtorrent runs in the same namespaces, told of all peers, its clock begins when all sessions are told to start.
 The folder is on /dev/shm by default: the network is what is measured.

@@ -4,8 +4,7 @@ In: what peers have, answers, the time. Out: a list of `Ask`. Owns: the state of
 here) and of every peer (window, rate, back-off, ban). Never: sockets, a clock or randomness of its own; the same
 object runs in the simulator.
 
-Sets of chunks are Python integers, bit i = chunk i: intersection, difference and "any" of 65,536 chunks cost about
-a microsecond each, so that rarest-first is exact without an index to maintain.
+Sets of chunks are Python integers (`chunksets`), so that rarest-first is exact without an index to maintain.
 
 Rules (numbers of the distribution strategy in docs/P2P_ARCHITECTURE.md):
 * a chunk is in flight at one peer only; one more request only when a peer has nothing else to be asked for and every
@@ -24,10 +23,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 
 from fastcas import limits
+from fastcas.fetch.chunksets import bits, from_bitfield, lowest, lowest_bits, to_set
+from fastcas.fetch.peerstate import HEDGE_MIN_S, RATE_WINDOW_S, PeerState, late_chunks
 
 __all__ = ["Ask", "PeerState", "Scheduler", "bits", "from_bitfield", "lowest_bits", "to_set"]
 
@@ -37,11 +38,6 @@ FAILURE_MAX_S = 30.0
 ALONE_MAX_S = 2.0  # the same when nobody else is left to ask
 PARK_S = 60.0
 PARK_AFTER = 3
-HEDGE_FACTOR = 3.0
-HEDGE_MIN_S = 0.5  # below, jitter of a healthy peer would look late
-TURNAROUND_S = 0.008  # our own part of a round trip: waiting to be checked with others, the write, the decision
-RATE_WINDOW_S = 0.1
-WINDOW_MAX = 512
 CROWD = 8  # so many other leechers are asked for one chunk at a time each
 CROWD_IN_FLIGHT = 32  # and for so many together: more would only be refused, unless rates and round trips ask for it
 NEXT_AGAIN_S = 0.5
@@ -52,75 +48,12 @@ STALE_MIN = 4  # chosen chunks that were here already, before a seed's choices a
 STALE_SHARE = 8  # and more than one in so many
 
 
-def bits(number: int) -> Iterator[int]:
-    """Yield the set bits of a chunk set in ascending order. Cost: one pass, for sets of any density."""
-    text = bin(number)[:1:-1]
-    at = text.find("1")
-    while at >= 0:
-        yield at
-        at = text.find("1", at + 1)
-
-
-def lowest_bits(number: int, count: int) -> list[int]:
-    """Return the first `count` members of a chunk set."""
-    out: list[int] = []
-    for bit in bits(number):
-        if len(out) == count:
-            break
-        out.append(bit)
-    return out
-
-
-def to_set(chunks: Iterable[int], n: int) -> int:
-    """Return the chunk set of some chunk numbers below `n`. Cost: linear."""
-    field = bytearray(n // 8 + 1)
-    for index in chunks:
-        field[index >> 3] |= 1 << (index & 7)
-    return int.from_bytes(field, "little")
-
-
-_MIRROR = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-
-
-def from_bitfield(data: bytes, n: int) -> int:
-    """Return the chunk set of a wire bitfield (bit i = byte i // 8, mask 0x80 >> i % 8); bits past n are dropped."""
-    return int.from_bytes(data.translate(_MIRROR), "little") & ((1 << n) - 1)
-
-
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One request to make: chunk `index` of `peer`, or (None) a chunk that the peer chooses."""
 
     peer: Hashable
     index: int | None
-
-
-@dataclass(slots=True)
-class PeerState:
-    """What the scheduler knows of one peer."""
-
-    key: Hashable
-    have: int = 0
-    is_seed: bool = False
-    is_leecher: bool = False
-    in_flight: dict[int, float] = field(default_factory=dict)
-    rate_Bps: float = 0.0
-    rtt_s: float = 0.0
-    rest_until: float = 0.0
-    n_failures: int = 0
-    banned: str | None = None
-    cursor: int = 0
-    gives_next: bool = True
-    n_next: int = 0
-    n_chosen: int = 0
-    n_stale: int = 0
-    nothing_new_at: float | None = None  # the first 204 since it last chose a chunk
-    next_refused_at: float = -math.inf  # the last one
-    next_since: float = 0.0
-    window_started: float = 0.0
-    window_bytes: int = 0
-    delivered_at: float = -math.inf
-    depth: int = 0  # requests in flight that its rate and round trip ask for
 
 
 class Scheduler:
@@ -271,15 +204,7 @@ class Scheduler:
         peer.n_failures = 0
         if connect_s > 0:
             peer.rtt_s = min(peer.rtt_s, connect_s) if peer.rtt_s else connect_s
-        peer.window_bytes += size
-        peer.delivered_at = now
-        elapsed = now - peer.window_started
-        if elapsed >= RATE_WINDOW_S:
-            sample = peer.window_bytes / elapsed
-            peer.rate_Bps = max(sample, 0.5 * (peer.rate_Bps + sample))  # rises at once, falls slowly
-            peer.window_started, peer.window_bytes = now, 0
-        depth = math.ceil(peer.rate_Bps * (peer.rtt_s + TURNAROUND_S) * 2 / self.chunk_size)
-        peer.depth = min(WINDOW_MAX, depth)
+        peer.measure(size, now, self.chunk_size)
 
     def busy(self, key: Hashable, index: int | None, now: float) -> None:
         """The peer has no upload slot: the chunk is free again, the peer rests for 50 ms."""
@@ -511,7 +436,7 @@ class Scheduler:
 
     def _hedge(self, idle: list[PeerState], now: float, asks: list[Ask]) -> None:
         """Ask idle peers for what is late elsewhere, the latest first."""
-        late = self._late_chunks(now) if idle else {}
+        late = self._late(now) if idle else {}
         if not late:
             return
         idle.sort(key=lambda peer: peer.delivered_at, reverse=True)  # who never delivered may never do
@@ -526,29 +451,8 @@ class Scheduler:
                 self._take(peer, index, now)
                 asks.append(Ask(peer.key, index))
 
-    def _late_chunks(self, now: float) -> dict[int, float]:
-        """Chunks whose every request is later than three times its expectation: by how much the latest one is."""
-        late: dict[int, float] = {}
-        in_time: set[int] = set()
-        busy = [peer for peer in self.peers.values() if peer.in_flight]
-        if all(now - next(iter(peer.in_flight.values())) < HEDGE_MIN_S for peer in busy):  # the oldest comes first
-            return late
-        typical = self._typical_rate()
-        for peer in busy:
-            rate = peer.rate_Bps or typical
-            expected = peer.rtt_s + len(peer.in_flight) * self.chunk_size / rate if rate else HEDGE_MIN_S
-            if rate < typical:  # what it is slow with need not be waited for
-                expected = min(expected, peer.rtt_s + self.chunk_size / typical)
-            limit = max(HEDGE_MIN_S, HEDGE_FACTOR * expected)
-            for index, since in peer.in_flight.items():
-                by = now - since - limit
-                if by < 0 or not self.wanted >> index & 1 or self._stood_in.get(index, now) > now:
-                    in_time.add(index)
-                else:
-                    late[index] = max(by, late.get(index, 0.0))
-        for index in in_time:
-            late.pop(index, None)
-        return late
+    def _late(self, now: float) -> dict[int, float]:
+        return late_chunks(self.peers.values(), self.wanted, self.chunk_size, self._stood_in, now)
 
     def _instead_of_late(self, peer: PeerState, late: dict[int, float], patience_s: float, now: float) -> int | None:
         """The latest chunk that a peer has, or what stands in for one; it is taken out of `late`."""
@@ -570,22 +474,14 @@ class Scheduler:
             if peer.banned is None and peer.have and peer.rest_until > now + ALONE_MAX_S:
                 peer.rest_until = now + ALONE_MAX_S * (0.5 + 0.5 * self._rng.random())
 
-    def _typical_rate(self) -> float:
-        rates = sorted(peer.rate_Bps for peer in self.peers.values() if peer.rate_Bps)
-        return rates[len(rates) // 2] if rates else 0.0
-
     def _following(self, peer: PeerState, candidates: int) -> int:
         """The next candidate at or after where this peer's run goes on, else the first one."""
         ahead = candidates >> peer.cursor
-        index = peer.cursor + _lowest(ahead) if ahead else _lowest(candidates)
+        index = peer.cursor + lowest(ahead) if ahead else lowest(candidates)
         peer.cursor = index + 1
         return index
 
     def _any(self, candidates: int) -> int:
         start = self._rng.randrange(candidates.bit_length())
         ahead = candidates >> start
-        return start + _lowest(ahead) if ahead else _lowest(candidates)
-
-
-def _lowest(number: int) -> int:
-    return (number & -number).bit_length() - 1
+        return start + lowest(ahead) if ahead else lowest(candidates)

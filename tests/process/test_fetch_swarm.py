@@ -49,7 +49,7 @@ class Fetch:
         args = {"ref": self.ref, "out": os.fsencode(self.out), "folder": os.fsencode(self.out.parent),
                 "peers": self.peers, "timeout_s": 30.0}  # fmt: skip
         try:
-            return await client.call("get", args, self.seen.update)  # type: ignore[no-any-return]
+            return await client.call("get", args, self.seen.update)
         finally:
             await client.close()
 
@@ -137,12 +137,12 @@ def test_news_of_a_chunk_reaches_who_waits_for_it(tmp_path: Path) -> None:
                 delays.append(time.monotonic() - appended)
         log.close()
     delays.sort()
-    print(f"\nnews of a chunk: median {1e3 * statistics.median(delays):.1f} ms, longest {1e3 * delays[-1]:.1f} ms; a chunk of "
-          f"256 KiB takes {CHUNK * 8 / 100e3:.0f} ms at 100 Mbit/s")  # fmt: skip
+    median_ms, longest_ms, chunk_ms = 1e3 * statistics.median(delays), 1e3 * delays[-1], CHUNK * 8 / 100e3
+    print(f"\nnews of a chunk: median {median_ms:.1f} ms, longest {longest_ms:.1f} ms; at 100 Mbit/s {chunk_ms:.0f}")
 
 
 class Coming(Peer):
-    """A good peer that is up for a while, down for a while, always at the same port, and sends no faster than `rate`."""
+    """A good peer that is up for a while, down for a while, at the same port, and sends no faster than `rate_Bps`."""
 
     up_s = down_s = 5.0
     rate_Bps = 40_000.0
@@ -176,23 +176,22 @@ def test_fifty_peers_that_come_and_go(tmp_path: Path) -> None:
     data = content_of(10 * MIB)
 
     async def once(out: Path, n: int, *, churn: bool) -> float:
-        async with contextlib.AsyncExitStack() as stack:
-            peers = [Coming(data, node_id=None) for _ in range(n)]
+        peers = [Coming(data) for _ in range(n)]
+        for peer in peers:
+            await peer.start()
+        link = peers[0].link(peers=tuple(peer.addr for peer in peers))
+        going = [asyncio.create_task(p.come_and_go(i / n)) for i, p in enumerate(peers)] if churn else []
+        try:
+            return (await download(link, out, discovery=None)).seconds
+        finally:
+            for task in going:
+                task.cancel()
+            await asyncio.gather(*going, return_exceptions=True)
             for peer in peers:
-                await peer.start()
-            addrs = tuple(peer.addr for peer in peers)
-            link = peers[0].link(peers=addrs)
-            going = [asyncio.create_task(p.come_and_go(i / n)) for i, p in enumerate(peers)] if churn else []
-            try:
-                return (await download(link, out, discovery=None)).seconds
-            finally:
-                for task in going:
-                    task.cancel()
-                await asyncio.gather(*going, return_exceptions=True)
-                for peer in peers:
-                    await peer.stop()
+                await peer.stop()
 
     steady_s = asyncio.run(once(tmp_path / "steady", 25, churn=False))
     churned_s = asyncio.run(once(tmp_path / "churned", 50, churn=True))
     assert (tmp_path / "steady").read_bytes() == (tmp_path / "churned").read_bytes() == data
-    print(f"\n50 peers up 5 s, down 5 s: {churned_s:.1f} s; 25 that stay: {steady_s:.1f} s; ratio {churned_s / steady_s:.2f}")
+    ratio = churned_s / steady_s
+    print(f"\n50 peers up 5 s, down 5 s: {churned_s:.1f} s; 25 that stay: {steady_s:.1f} s; ratio {ratio:.2f}")

@@ -341,7 +341,8 @@ def main() -> None:
     parser.add_argument("--churn", type=float, default=0.1, help="share that vanishes half-way and is replaced")
     options = parser.parse_args()
     for n in options.n:
-        for name, slow, churn in (("alike", 0.0, 0.0), ("mixed, churn", options.slow, options.churn)):
+        kinds = [("alike", 0.0, 0.0), ("mixed, churn", options.slow, options.churn)]
+        for name, slow, churn in kinds if options.slow or options.churn else kinds[:1]:
             rng = random.Random(n)
             ups = tuple(20.0 if rng.random() < slow else 100.0 for _ in range(n))
             swarm = Swarm(ups, 200.0, 100.0, n_chunks=options.chunks, leave=int(churn * n), replaced=True)

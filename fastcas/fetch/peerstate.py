@@ -1,0 +1,95 @@
+"""What the scheduler knows of one peer: what it has and was asked for, how fast it is, what of it is late."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["HEDGE_MIN_S", "RATE_WINDOW_S", "PeerState", "late_chunks"]
+
+HEDGE_FACTOR = 3.0
+HEDGE_MIN_S = 0.5  # below, jitter of a healthy peer would look late
+TURNAROUND_S = 0.008  # our own part of a round trip: waiting to be checked with others, the write, the decision
+RATE_WINDOW_S = 0.1
+WINDOW_MAX = 512
+
+
+@dataclass(slots=True)
+class PeerState:
+    """What the scheduler knows of one peer."""
+
+    key: Hashable
+    have: int = 0
+    is_seed: bool = False
+    is_leecher: bool = False
+    in_flight: dict[int, float] = field(default_factory=dict)
+    rate_Bps: float = 0.0
+    rtt_s: float = 0.0
+    rest_until: float = 0.0
+    n_failures: int = 0
+    banned: str | None = None
+    cursor: int = 0
+    gives_next: bool = True
+    n_next: int = 0
+    n_chosen: int = 0
+    n_stale: int = 0
+    nothing_new_at: float | None = None  # the first 204 since it last chose a chunk
+    next_refused_at: float = -math.inf  # the last one
+    next_since: float = 0.0
+    window_started: float = 0.0
+    window_bytes: int = 0
+    delivered_at: float = -math.inf
+    depth: int = 0  # requests in flight that its rate and round trip ask for
+
+    def measure(self, size: int, now: float, chunk_size: int) -> None:
+        """It delivered `size` bytes: its rate, and how many requests in flight that and its round trip ask for."""
+        self.window_bytes += size
+        self.delivered_at = now
+        elapsed = now - self.window_started
+        if elapsed >= RATE_WINDOW_S:
+            sample = self.window_bytes / elapsed
+            self.rate_Bps = max(sample, 0.5 * (self.rate_Bps + sample))  # rises at once, falls slowly
+            self.window_started, self.window_bytes = now, 0
+        depth = math.ceil(self.rate_Bps * (self.rtt_s + TURNAROUND_S) * 2 / chunk_size)
+        self.depth = min(WINDOW_MAX, depth)
+
+
+def late_chunks(
+    peers: Collection[PeerState], wanted: int, chunk_size: int, stood_in: Mapping[int, float], now: float
+) -> dict[int, float]:
+    """Return the chunks whose every request is later than three times its expectation: by how much the latest one is.
+
+    Args:
+        peers: All of them.
+        wanted: Chunk set: others are never late.
+        chunk_size: Bytes.
+        stood_in: Chunk: until when something that stands in for it is waited for.
+        now: Seconds.
+    """
+    late: dict[int, float] = {}
+    in_time: set[int] = set()
+    busy = [peer for peer in peers if peer.in_flight]
+    if all(now - next(iter(peer.in_flight.values())) < HEDGE_MIN_S for peer in busy):  # the oldest comes first
+        return late
+    typical = _typical_rate(peers)
+    for peer in busy:
+        rate = peer.rate_Bps or typical
+        expected = peer.rtt_s + len(peer.in_flight) * chunk_size / rate if rate else HEDGE_MIN_S
+        if rate < typical:  # what it is slow with need not be waited for
+            expected = min(expected, peer.rtt_s + chunk_size / typical)
+        limit = max(HEDGE_MIN_S, HEDGE_FACTOR * expected)
+        for index, since in peer.in_flight.items():
+            by = now - since - limit
+            if by < 0 or not wanted >> index & 1 or stood_in.get(index, now) > now:
+                in_time.add(index)
+            else:
+                late[index] = max(by, late.get(index, 0.0))
+    for index in in_time:
+        late.pop(index, None)
+    return late
+
+
+def _typical_rate(peers: Collection[PeerState]) -> float:
+    rates = sorted(peer.rate_Bps for peer in peers if peer.rate_Bps)
+    return rates[len(rates) // 2] if rates else 0.0
