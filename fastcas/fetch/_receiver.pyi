@@ -43,8 +43,8 @@ class Job:
             index: Chunk number, data first, then parity.
             fd: File that holds the chunk's bytes at `offset`.
         Returns:
-            Bits: 1 own hash right, 2 link right, 4 the link was checked (never where content cuts the chunks); 0 when
-            the file ends early.
+            Bits: 1 own hash right, 2 link right, 4 the link was checked (never where content cuts the chunks), 8 the
+            link is right and the own hash was not computed; 0 when the file ends early.
         Raises:
             OSError: The read or the write failed.
         Cost: blocks; one read, one pass over the bytes, one write; without the GIL.

@@ -75,7 +75,7 @@ class DownloadHooks(Protocol):
         """Return the hooks for one file of a collection: several are fetched at once."""
 
     def end(self) -> None:
-        """No more of this file comes: it is finished, or was given up. Told of a collection's files only."""
+        """No more of this file comes: of a collection's file, and of its own content when its folder is there."""
 
 
 @dataclass(frozen=True)

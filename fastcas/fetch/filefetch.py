@@ -18,14 +18,14 @@ from fastcas.errors import DestinationExists, FastCASError, NoPeers, UsageError
 from fastcas.fetch.crowd import Crowd
 from fastcas.fetch.download import DownloadResult, Progress, Settings
 from fastcas.fetch.explain import Explained, Meter
-from fastcas.fetch.filling import Filling, ManifestConvictedError
+from fastcas.fetch.filling import Filling
 from fastcas.fetch.localwork import hash_content, hash_existing
 from fastcas.fetch.origins import Origins
 from fastcas.fetch.partfile import PartFile, clear_leftovers, has_content, prepare_folder, safe_name, storage_error
 from fastcas.fetch.receiver import AsyncReceiver
 from fastcas.fetch.remote import Remote
 from fastcas.fetch.tasks import TaskSet
-from fastcas.fetch.trust import Chain
+from fastcas.fetch.trust import Chain, ManifestConvictedError
 from fastcas.ids import Link, PeerAddr, short
 from fastcas.limits import COLLECTION_SIZE_MAX, MIB
 from fastcas.metadata import Manifest

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fastcas.errors import ChunkNotFound, FastCASError, ManifestCorrupt, Stalled
+from fastcas.errors import FastCASError
 from fastcas.fetch._receiver import Job
 from fastcas.fetch.crowd import Crowd
 from fastcas.fetch.download import LocalChunks, Progress, Settings
@@ -22,31 +22,27 @@ from fastcas.fetch.explain import Meter
 from fastcas.fetch.localwork import check_batch
 from fastcas.fetch.origins import LACKING_S, Origins
 from fastcas.fetch.partfile import PartFile, storage_error
-from fastcas.fetch.patience import SLOW_BPS, TICK_S, Patience, too_slow
+from fastcas.fetch.patience import SLOW_BPS, TICK_S, Patience, stuck, too_slow
 from fastcas.fetch.rebuild import ParityPlan
 from fastcas.fetch.receiver import HASH_OK, Answer, AsyncReceiver, Outcome, describe
 from fastcas.fetch.remote import Remote
-from fastcas.fetch.scheduler import Ask, Scheduler, bits, lowest_bits, to_set
+from fastcas.fetch.scheduler import Ask, Scheduler, bits, to_set
 from fastcas.fetch.swarmview import next_target
 from fastcas.fetch.tasks import TaskSet
-from fastcas.fetch.trust import Chain, Verdict, judge
+from fastcas.fetch.trust import Chain, Verdict, convicted, judge
 from fastcas.ids import short
 from fastcas.metadata import Manifest
 
 if TYPE_CHECKING:
     from fastcas.fetch.seeds import SeedFiles
 
-__all__ = ["Filling", "ManifestConvictedError"]
+__all__ = ["Filling"]
 
 LOCAL_BATCH = 16  # chunks checked per visit to a thread
 OTHERS_S = 1.0  # others who started with us are known by then
 PARITY_AFTER_S = 1.0  # nobody has had a data chunk for so long: parity is asked for
 REPORTS = 20  # of progress per file at least, however fast it comes
 CUTS_MAX = 3  # answers cut short in a row before the peer is banned
-
-
-class ManifestConvictedError(ManifestCorrupt):
-    """Between this module and `filefetch` only: try another manifest."""
 
 
 class Filling:
@@ -278,7 +274,7 @@ class Filling:
             if verdict is Verdict.PEER:
                 self._crowd.ban(remote, f"chunk {short(manifest.hash_of(index))}: {describe(answer)}")
             else:
-                self.fail(_convicted(manifest, index, str(key)))
+                self.fail(convicted(manifest, index, str(key)))
         elif outcome == Outcome.BUSY:
             scheduler.busy(key, index, now)
         elif index is None and outcome == Outcome.NOTHING:
@@ -394,7 +390,7 @@ class Filling:
             self._after_batch()
             return self.manifest.length_of(index)
         if flags & HASH_OK:
-            self.fail(_convicted(self.manifest, index, where))
+            self.fail(convicted(self.manifest, index, where))
         self._scheduler.want(index)
         self._pump()
         return 0
@@ -507,22 +503,13 @@ class Filling:
         origins.offer(lacking, now, nobody_comes=self._crowd.is_hopeless())
 
     def _stuck(self, *, stalled: bool) -> FastCASError:
-        manifest, scheduler = self.manifest, self._scheduler
-        missing = scheduler.wanted & self._data
-        n = missing.bit_count()
-        shown = ", ".join(f"#{i} ({short(manifest.hash_of(i))})" for i in lowest_bits(missing, 3))
+        missing = self._scheduler.wanted & self._data
         lost = self._parity.explain(missing, self._here | self._held()) if self._parity is not None else ""
-        lost += "; " if lost else ""
         did = self._crowd.what_peers_did()
         if self.origins is not None:
             did += f"; {self.origins.what_they_did()}"
-        text = (
-            f"file {short(manifest.file_hash)}: {n} of {manifest.n_chunks} chunks are missing: {shown}"
-            f"{', …' if n > 3 else ''}; {lost}{did}; the part file is kept and can be resumed"
-        )
-        if stalled and not scheduler.unheld():
-            return Stalled(f"less than {SLOW_BPS} B/s for {self._settings.stall_timeout_s:g} s: {text}")
-        return ChunkNotFound(text)
+        stalled = stalled and not self._scheduler.unheld()
+        return stuck(self.manifest, missing, lost, did, self._settings.stall_timeout_s if stalled else None)
 
     def _report(self, now: float) -> None:
         """Tell the progress callback: at each tick, and whenever another twentieth of the file is here."""
@@ -540,10 +527,3 @@ class Filling:
         n_peers = len(scheduler.usable_peers())
         rate = self._patience.rate_Bps
         self._settings.progress(Progress(self._bytes_done, self.manifest.size, rate, n_peers, waiting_on))
-
-
-def _convicted(manifest: Manifest, index: int, where: str) -> ManifestConvictedError:
-    return ManifestConvictedError(
-        f"manifest {short(manifest.manifest_hash)}: chunk #{index} from {where} satisfies its hash or its link but not "
-        f"both, so the manifest contradicts itself; it is not used"
-    )

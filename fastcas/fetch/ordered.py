@@ -20,12 +20,12 @@ from fastcas.errors import FastCASError, Interrupted, StoreError, UsageError
 from fastcas.fetch.crowd import Crowd
 from fastcas.fetch.download import DownloadHooks, FetchedTree, Settings
 from fastcas.fetch.explain import Meter
-from fastcas.fetch.filling import Filling, ManifestConvictedError
+from fastcas.fetch.filling import Filling
 from fastcas.fetch.journal import Journal
 from fastcas.fetch.partfile import PartFile, storage_error
 from fastcas.fetch.receiver import AsyncReceiver
 from fastcas.fetch.tasks import TaskSet
-from fastcas.fetch.trust import Chain
+from fastcas.fetch.trust import Chain, ManifestConvictedError
 from fastcas.ids import Link, PeerAddr, short
 from fastcas.limits import MIB
 from fastcas.metadata import Manifest

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastcas.errors import ChunkNotFound, FastCASError, Stalled
 from fastcas.fetch.remote import Remote
+from fastcas.fetch.scheduler import lowest_bits
+from fastcas.ids import short
 from fastcas.limits import KIB
+from fastcas.metadata import Manifest
 
-__all__ = ["SLOW_BPS", "TICK_S", "Patience", "too_slow"]
+__all__ = ["SLOW_BPS", "TICK_S", "Patience", "stuck", "too_slow"]
 
 TICK_S = 0.25
 SLOW_BPS = 4 * KIB
@@ -88,3 +92,23 @@ def too_slow(asked: Sequence[tuple[Remote, bool]], now: float) -> list[Remote]:
                 slow.append(remote)
             remote.shed_mark = (now, got)
     return slow
+
+
+def stuck(manifest: Manifest, missing: int, lost: str, did: str, stalled_s: float | None) -> FastCASError:
+    """Return the error of a download that is given up.
+
+    Args:
+        missing: Chunk set.
+        lost: What parity cannot bring back, in words; may be empty.
+        did: What the peers did, in words.
+        stalled_s: For so long next to nothing came from those who have the chunks; None: nobody has them.
+    """
+    n = missing.bit_count()
+    shown = ", ".join(f"#{i} ({short(manifest.hash_of(i))})" for i in lowest_bits(missing, 3))
+    text = (
+        f"file {short(manifest.file_hash)}: {n} of {manifest.n_chunks} chunks are missing: {shown}"
+        f"{', …' if n > 3 else ''}; {lost}{'; ' if lost else ''}{did}; the part file is kept and can be resumed"
+    )
+    if stalled_s is not None:
+        return Stalled(f"less than {SLOW_BPS} B/s for {stalled_s:g} s: {text}")
+    return ChunkNotFound(text)

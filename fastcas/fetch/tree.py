@@ -124,6 +124,8 @@ async def fetch_tree(fetch: FileFetch, content: DownloadResult) -> DownloadResul
     if settings.reserve is not None and settings.choice is None:
         await settings.reserve(content.manifest, collection)
     result = await tree.run()
+    if settings.hooks is not None:
+        settings.hooks.end()  # its content's part file goes
     part.discard()
     return result
 

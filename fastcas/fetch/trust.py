@@ -20,7 +20,11 @@ from fastcas.ids import short
 from fastcas.limits import UNVERIFIED_WINDOW_BYTES, UNVERIFIED_WINDOW_CHUNKS
 from fastcas.metadata import Manifest
 
-__all__ = ["Chain", "Verdict", "check_manifest", "judge"]
+__all__ = ["Chain", "ManifestConvictedError", "Verdict", "check_manifest", "convicted", "judge"]
+
+
+class ManifestConvictedError(ManifestCorrupt):
+    """Between the modules of a download only: try another manifest."""
 
 
 class Verdict(Enum):
@@ -50,6 +54,14 @@ def judge(flags: int, *, is_data: bool) -> Verdict:
         case _:
             # Bytes that satisfy one of the two and not the other show that the manifest contradicts itself.
             return Verdict.MANIFEST
+
+
+def convicted(manifest: Manifest, index: int, where: str) -> ManifestConvictedError:
+    """Return the error of a manifest that a chunk's bytes have shown to contradict itself."""
+    return ManifestConvictedError(
+        f"manifest {short(manifest.manifest_hash)}: chunk #{index} from {where} satisfies its hash or its link but not "
+        f"both, so the manifest contradicts itself; it is not used"
+    )
 
 
 def check_manifest(data: bytes, manifest_hash: bytes, file_hash: bytes) -> Manifest:

@@ -192,10 +192,10 @@ class Hashes:
         self.file_hash = EMPTY_SHA256
 
     def feed(self, data: memoryview) -> list[bytes]:  # hot
-        """Return the hashes of the next chunks, back to back in `data`: one pass over all but the file's last one."""
+        """Return the hashes of the next chunks, back to back in `data`: one pass over all whole ones."""
         n_chunks = -(-len(data) // self._chunk_size)
         self._left -= n_chunks
-        end = len(data) if self._left else (n_chunks - 1) * self._chunk_size
+        end = len(data) // self._chunk_size * self._chunk_size
         hashes, midstates = chunk_passes(data[:end], self._chunk_size, self._chain)
         self._chain = midstates[-32:] or self._chain
         self.midstates += midstates
@@ -203,7 +203,10 @@ class Hashes:
         keys = [hashes[at : at + 32] for at in range(0, len(hashes), 32)]
         if not self._left:
             chunk = data[end:]
-            keys.append(sha256(chunk))
+            if chunk:
+                keys.append(sha256(chunk))
+            else:
+                del self.midstates[-32:]  # after the last chunk it is the content's hash but for the padding
             self.file_hash = Sha256(self._chain, self.done).update(chunk).digest() if self.done else keys[0]
         self.chunks += b"".join(keys)
         return keys

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ import pytest
 
 from fastcas.errors import PeerUnreachable, RemoteProtocolError, UsageError
 from fastcas.fetch._receiver import Job, rename_noreplace
-from fastcas.fetch.receiver import HAS_LINK, HASH_OK, LINK_OK, Answer, AsyncReceiver, Outcome, describe, error_of
+from fastcas.fetch.receiver import (
+    HAS_LINK,
+    HASH_OK,
+    LINK_ALONE,
+    LINK_OK,
+    Answer,
+    AsyncReceiver,
+    Outcome,
+    describe,
+    error_of,
+)
 from fastcas.ids import PeerAddr
 from tests.support.evil_peer import Peer, content_of, head, make_manifest
 
@@ -317,6 +328,53 @@ def test_job_checks_every_chunk_and_writes_only_what_is_right(tmp_path: Path, si
             job.take(manifest.n_chunks, source.fileno(), 0, False)
         with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
             job.take(0, 9999, 0, False)
+
+
+def test_job_by_links_alone_looks_at_own_hashes_only_where_a_link_is_broken(tmp_path: Path) -> None:
+    content = content_of(3 * CHUNK + 1)
+    manifest = make_manifest(content)
+    wrong_hash = replace(manifest, hashes=bytes(32) + manifest.hashes[32:])
+    wrong_link = replace(manifest, midstates=bytes(32) + manifest.midstates[32:])
+    (tmp_path / "source").write_bytes(content)
+    with (tmp_path / "source").open("r+b") as source, (tmp_path / "out").open("w+b") as out:
+        right = HAS_LINK | LINK_OK | LINK_ALONE
+        job = Job(manifest, out.fileno(), links_alone=True)
+        for i in range(manifest.n_chunks):
+            assert job.take(i, source.fileno(), i * CHUNK, True) == right
+        assert out.read() == content
+        assert Job(wrong_hash, out.fileno(), links_alone=True).take(0, source.fileno(), 0, False) == right
+        # The bytes are those that the manifest lists: it contradicts itself, and no peer is to blame.
+        assert Job(wrong_link, out.fileno(), links_alone=True).take(0, source.fileno(), 0, False) == HAS_LINK | HASH_OK
+        own = Job(manifest, out.fileno(), check_links=False, links_alone=True)
+        assert own.take(0, source.fileno(), 0, False) == HASH_OK
+        os.pwrite(source.fileno(), bytes([content[0] ^ 1]), 0)
+        os.pwrite(out.fileno(), b"?", 0)
+        assert job.take(0, source.fileno(), 0, True) == HAS_LINK
+        assert os.pread(out.fileno(), 1, 0) == b"?"
+
+
+@pytest.mark.parametrize("links_alone", [False, True])
+def test_wrong_bytes_are_corrupt_and_not_written_whatever_is_checked(tmp_path: Path, links_alone: bool) -> None:
+    wrong = bytes([CONTENT[0] ^ 1]) + CONTENT[1:CHUNK]
+    manifest = make_manifest(CONTENT)
+
+    async def work() -> None:
+        receiver = AsyncReceiver(n_threads=1)
+        with (tmp_path / "part").open("w+b") as file:
+            job = Job(manifest, file.fileno(), links_alone=links_alone)
+            async with Wire(head("200 OK", CHUNK) + wrong, head("200 OK", CHUNK) + CONTENT[:CHUNK]) as addr:
+                answers: asyncio.Queue[Answer] = asyncio.Queue()
+                line = receiver.open(addr)
+                for _ in range(2):
+                    line.get_chunk(receiver.expect(answers.put_nowait), job, 0, manifest.hash_of(0))
+                corrupt, right = await answers.get(), await answers.get()
+            receiver.close()
+            assert (corrupt.outcome, corrupt.body) == (Outcome.CORRUPT, hashlib.sha256(wrong).digest())
+            assert right.outcome == Outcome.OK
+            assert right.flags == HAS_LINK | LINK_OK | (LINK_ALONE if links_alone else HASH_OK)
+            assert file.read() == CONTENT[:CHUNK]
+
+    run(work)
 
 
 def test_rename_noreplace(tmp_path: Path) -> None:

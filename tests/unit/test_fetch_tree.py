@@ -107,6 +107,8 @@ class _Hooks:
 
     def __init__(self) -> None:
         self.trees: list[FetchedTree] = []
+        self.members: list[_Hooks] = []
+        self.n_ends = 0
 
     def on_manifest(self, manifest: Manifest, part_path: Path) -> None:
         """Not of interest."""
@@ -122,10 +124,11 @@ class _Hooks:
         self.trees.append(tree)
 
     def member(self) -> _Hooks:
-        return self
+        self.members.append(_Hooks())
+        return self.members[-1]
 
     def end(self) -> None:
-        """Not of interest."""
+        self.n_ends += 1
 
 
 def test_whole_tree_is_told_with_the_manifests_of_its_members(tmp_path: Path) -> None:
@@ -140,6 +143,7 @@ def test_whole_tree_is_told_with_the_manifests_of_its_members(tmp_path: Path) ->
 
     run(work)
     first, again = hooks.trees
+    assert [member.n_ends for member in hooks.members] == [1, 1] and hooks.n_ends == 1
     assert (first.name, first.path, first.collection.encode()) == ("tree", tmp_path / "out", content)
     assert first.manifest == lib.peers[0].manifest
     assert set(first.members) == {peer.manifest.manifest_hash for peer in lib.peers[1:]}

@@ -30,6 +30,7 @@ def blank(n: int, chunk_size: int = 1 << 14) -> Manifest:
         (4, True, Verdict.PEER),
         (5, True, Verdict.MANIFEST),
         (6, True, Verdict.MANIFEST),
+        (14, True, Verdict.RIGHT),
         (1, False, Verdict.RIGHT),
         (0, False, Verdict.PEER),
     ],

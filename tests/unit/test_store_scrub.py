@@ -164,15 +164,43 @@ def test_users_file_is_never_written(store: Store, tmp_path: Path) -> None:
     assert list((store.root / "quarantine").iterdir()) == []
 
 
-def test_changed_users_file_is_withdrawn_and_its_chunks_missing(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["edited", "touched", "truncated", "moved", "replaced"])
+def test_changed_users_file_is_withdrawn_and_its_chunks_missing(store: Store, tmp_path: Path, change: str) -> None:
     mirror = followed(store)
     _, manifest = put(store, tmp_path, 4, in_place=True)
-    (tmp_path / "f4").write_bytes(b"edited")
+    path = tmp_path / "f4"
+    data = path.read_bytes()
+    if change == "edited":
+        path.write_bytes(b"edited")
+    elif change == "touched":
+        os.utime(path, ns=(1, 1))
+    elif change == "truncated":
+        os.truncate(path, len(data) - 1)
+    else:
+        path.rename(tmp_path / "elsewhere")
+    if change == "replaced":
+        path.write_bytes(data)
     report = store.verify()
     assert kinds(report) == [("missing", "")] * 4
     assert mirror.chunks == {}
     assert mirror.files == {}
     assert store.find_extents(manifest.hash_of(0)) == []
+
+
+def test_bytes_of_a_users_file_changed_behind_its_times_are_withdrawn(store: Store, tmp_path: Path) -> None:
+    mirror = followed(store)
+    _, manifest = put(store, tmp_path, 4, in_place=True)
+    path = tmp_path / "f4"
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"other bytes")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    report = store.verify()
+    assert report.n_damaged == 1 and not report.is_clean
+    assert store.find_extents(manifest.hash_of(0)) == []
+    assert manifest.hash_of(0) not in mirror.chunks
+    assert manifest.hash_of(1) in mirror.chunks
+    assert mirror.files == {}
 
 
 def replace_by_directory(path: Path) -> None:
