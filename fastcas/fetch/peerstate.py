@@ -76,8 +76,6 @@ def late_chunks(
     for peer in busy:
         rate = peer.rate_Bps or typical
         expected = peer.rtt_s + len(peer.in_flight) * chunk_size / rate if rate else HEDGE_MIN_S
-        if rate < typical:  # what it is slow with need not be waited for
-            expected = min(expected, peer.rtt_s + chunk_size / typical)
         limit = max(HEDGE_MIN_S, HEDGE_FACTOR * expected)
         for index, since in peer.in_flight.items():
             by = now - since - limit

@@ -437,19 +437,6 @@ def test_late_chunk_is_asked_of_who_has_delivered() -> None:
         assert scheduler.decide(10.0)[0] == Ask("delivers", 1)
 
 
-def test_slow_peer_is_late_once_others_would_have_been() -> None:
-    scheduler = with_peers(make(3), 0b101, 0b010, 0b010)
-    for key, index, took_s in ((0, 0, 10.0), (1, 1, 0.1), (2, 1, 0.1)):
-        scheduler.lost(0, 2)
-        scheduler.peers[key].rate_Bps = CHUNK / took_s
-        scheduler.done(index)
-    scheduler.add_peer("has it, too")
-    assert scheduler.decide(20.0) == [Ask(0, 2)]
-    scheduler.set_have("has it, too", 0b100, is_seed=False)
-    assert scheduler.decide(20.4) == []
-    assert scheduler.decide(20.7) == [Ask("has it, too", 2)]  # thirty seconds, as fast as it is
-
-
 def test_stand_in_is_asked_for_instead_of_a_late_chunk_and_the_chunk_itself_when_that_is_late_too() -> None:
     scheduler = Scheduler(2, CHUNK, wanted=1, rng=random.Random(1))
     offered = [1]
