@@ -27,7 +27,7 @@ def fastcas(*words: object, user: int | None = None) -> subprocess.CompletedProc
     code = "import sys; from fastcas.cli.start import fastcas; sys.exit(fastcas())"
     if user is not None:  # imports need our privileges where the sources are private
         code = (
-            "import sys, os, ctypes, unicodedata, fastcas.cli.main, fastcas.node.access, fastcas.store\n"
+            "import sys, os, unicodedata, fastcas.cli.main, fastcas.node.access, fastcas.store.store\n"
             "from fastcas.cli.start import fastcas\n"
             f"os.setgroups([]); os.setgid({user}); os.setuid({user}); sys.exit(fastcas())"
         )
