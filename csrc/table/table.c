@@ -9,14 +9,15 @@
 #include "table/siphash.h"
 
 static const char MAGIC[8] = {'F', 'C', 'A', 'S', 'T', 'B', 'L', '1'};
-#define VERSION   1u
+#define VERSION   2u
 #define NO_SLOT   UINT64_MAX
+#define PROBE_LINES 3u /* of 64 B that are fetched ahead: 2 is slower, 4 no faster (bench/table.py) */
 #define LOOKAHEAD 16u /* lookups whose cache misses overlap; 8 is slower, 32 no faster (bench/table.py) */
 
 uint64_t fcas_table_bytes(uint64_t n_slots, uint64_t n_blobs, uint64_t heap_size)
 {
-    if (n_slots < FCAS_TABLE_SLOTS_MIN || n_slots > FCAS_TABLE_SLOTS_MAX || (n_slots & (n_slots - 1)) != 0 ||
-        n_blobs < 1 || n_blobs > FCAS_TABLE_BLOBS_MAX || heap_size > FCAS_TABLE_HEAP_MAX)
+    if (n_slots < FCAS_TABLE_SLOTS_MIN || n_slots > FCAS_TABLE_SLOTS_MAX || n_blobs < 1 ||
+        n_blobs > FCAS_TABLE_BLOBS_MAX || heap_size > FCAS_TABLE_HEAP_MAX)
         return 0;
     /* At most 2^38 + 2^34 + 2^40: no overflow. */
     return FCAS_TABLE_SLOTS_AT + n_slots * FCAS_TABLE_SLOT_SIZE + n_blobs * sizeof(fcas_blob) + heap_size;
@@ -111,6 +112,11 @@ fcas_status fcas_table_create(fcas_table *t, int fd, uint64_t n_slots, uint64_t 
 
 /* ---- lookup ---- */
 
+static inline uint64_t after(const fcas_table *t, uint64_t at)
+{
+    return at + 1 == t->n_slots ? 0 : at + 1;
+}
+
 /* The slot number of the live entry (type, key) on the probe path that begins at slot `at`, or NO_SLOT; its word
  * goes to *word. At most n_slots steps, whatever the bytes are. If `free_slot` is given, it gets the number of the
  * empty slot that ended the search (NO_SLOT when there is none). hot */
@@ -118,8 +124,7 @@ static inline uint64_t probe(const fcas_table *t, uint64_t at, uint32_t type, co
                              uint64_t *free_slot)
 {
     fcas_table_slot *slots = fcas_table_slots(t);
-    uint64_t mask = t->n_slots - 1;
-    for (uint64_t step = 0; step < t->n_slots; step++, at = (at + 1) & mask) {
+    for (uint64_t step = 0; step < t->n_slots; step++, at = after(t, at)) {
         /* Acquire: pairs with the release store in fill_slot(), so the body of a live slot is whole. */
         uint32_t w = atomic_load_explicit(&slots[at].word, memory_order_acquire);
         if (fcas_word_state(w) == FCAS_SLOT_EMPTY) {
@@ -140,7 +145,7 @@ static inline uint64_t probe(const fcas_table *t, uint64_t at, uint32_t type, co
 
 static inline uint64_t home_of(const fcas_table *t, const uint8_t key[32])
 {
-    return fcas_siphash32(t->secret, key) & (t->n_slots - 1);
+    return (uint64_t)((unsigned __int128)fcas_siphash32(t->secret, key) * t->n_slots >> 64);
 }
 
 static inline fcas_status read_place(const fcas_table *t, uint64_t at, uint32_t word, fcas_place *out)
@@ -192,9 +197,9 @@ size_t fcas_table_lookup_many(const fcas_table *t, fcas_entry_type type, const u
         size_t batch = n - from < LOOKAHEAD ? n - from : LOOKAHEAD;
         for (size_t i = 0; i < batch; i++) {
             home[i] = home_of(t, keys + 32 * (from + i));
-            /* A 48-byte slot may lie across two cache lines. */
-            __builtin_prefetch(&slots[home[i]], 0, 1);
-            __builtin_prefetch((const uint8_t *)&slots[home[i]] + FCAS_TABLE_SLOT_SIZE - 1, 0, 1);
+            /* The first two to four slots of a probe; later ones the processor fetches ahead by itself. */
+            for (unsigned line = 0; line < PROBE_LINES; line++)
+                __builtin_prefetch((const uint8_t *)&slots[home[i]] + 64 * line, 0, 1);
         }
         for (size_t i = 0; i < batch; i++) {
             uint32_t word;
@@ -254,9 +259,8 @@ static fcas_status put(fcas_table *t, uint32_t type, const uint8_t key[32], uint
         const fcas_table_slot *slot = &fcas_table_slots(t)[old];
         if (slot->place == place && slot->blob == blob && fcas_word_length(old_word) == length)
             return FCAS_OK;
-        uint64_t mask = t->n_slots - 1;
-        uint64_t at = (old + 1) & mask;
-        for (uint64_t step = 1; step < t->n_slots && free_slot == NO_SLOT; step++, at = (at + 1) & mask)
+        uint64_t at = after(t, old);
+        for (uint64_t step = 1; step < t->n_slots && free_slot == NO_SLOT; step++, at = after(t, at))
             if (fcas_word_state(atomic_load_explicit(&fcas_table_slots(t)[at].word, memory_order_relaxed)) ==
                 FCAS_SLOT_EMPTY)
                 free_slot = at;

@@ -6,15 +6,16 @@
  *
  *   offset  size  field
  *   0       8     magic "FCASTBL1"
- *   8       4     version, 1
+ *   8       4     version, 2
  *   12      4     slot size in bytes, 48
- *   16      8     n_slots, a power of two
+ *   16      8     n_slots
  *   24      8     slots_at: byte offset of the slot array (4096)
  *   32      8     n_blobs: capacity of the blob directory
  *   40      8     blobs_at: byte offset of the blob directory
  *   48      8     heap_at: byte offset of the path heap
  *   56      8     heap_size in bytes
- *   64      16    secret: key of the slot hash (SipHash-2-4 over all 32 bytes: nobody outside can aim collisions)
+ *   64      16    secret: key of the slot hash (SipHash-2-4 over all 32 bytes: nobody outside can aim collisions); a
+ *                 probe begins at slot hash * n_slots / 2^64 and goes on by one, from the last slot to the first
  *   80      8     total size of the memfd
  *   128     8     epoch       (atomic; advanced by the writer after tombstones, see counters.h)
  *   136     8     n_live      (atomic, statistics)
@@ -102,7 +103,8 @@ fcas_status fcas_table_map(fcas_table *t, int fd);
 /* Unmap. Safe on a zeroed struct. */
 void fcas_table_unmap(fcas_table *t);
 
-/* Find key as the given type. FCAS_OK and *out (chunk, manifest), or FCAS_E_NOTFOUND. One or two cache misses. hot */
+/* Find key as the given type. FCAS_OK and *out (chunk, manifest), or FCAS_E_NOTFOUND. At 3/4 full it reads 2.5 slots
+ * that lie together for a key that is there, 8.5 for one that is not. hot */
 fcas_status fcas_table_lookup(const fcas_table *t, fcas_entry_type type, const uint8_t key[32], fcas_place *out);
 /* A file's manifest: its hash and its place. hot */
 fcas_status fcas_table_lookup_file(const fcas_table *t, const uint8_t file_hash[32], uint8_t manifest_hash[32],
@@ -117,8 +119,8 @@ uint64_t fcas_table_epoch(const fcas_table *t);
 
 /* ---- the writer ---- */
 
-/* Bytes that a table of this shape needs, or 0 if a number is out of range (n_slots must be a power of two,
- * 64..2^32; n_blobs 1..2^28; heap_size <= 2^40). Checked for overflow. */
+/* Bytes that a table of this shape needs, or 0 if a number is out of range (n_slots 64..2^32; n_blobs
+ * 1..2^28; heap_size <= 2^40). Checked for overflow. */
 uint64_t fcas_table_bytes(uint64_t n_slots, uint64_t n_blobs, uint64_t heap_size);
 /* Make an empty table in fd (a fresh memfd): ftruncate, map read-write, write the header, seal. */
 fcas_status fcas_table_create(fcas_table *t, int fd, uint64_t n_slots, uint64_t n_blobs, uint64_t heap_size,

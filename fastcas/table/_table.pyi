@@ -20,7 +20,7 @@ class _View:
         """Descriptor of the memfd, the view's own; -1 once closed."""
     @property
     def n_slots(self) -> int:
-        """Slots, used or not; a power of two."""
+        """Slots, used or not."""
     @property
     def n_blobs(self) -> int:
         """Capacity of the blob directory: numbers below it can be put."""
@@ -76,7 +76,7 @@ class ChunkTable(_View):
         """Make an empty table in a new memfd, sealed so that only this view writes it.
 
         Args:
-            n_slots: A power of two, 64..2^32; 48 B each.
+            n_slots: 64..2^32; 48 B each.
             n_blobs: 1..2^28; 64 B each, where used.
             heap_size: Bytes for paths, at most 2^40.
             secret: 16 bytes that key the slot hash; random by default.

@@ -27,19 +27,18 @@ SLOTS_MIN = 1024
 BLOBS_MIN = 256
 HEAP_MIN = 65536
 BLOBS_MAX = 1 << 28
+FULL, FULL_OF = 5, 6  # of the slots may be taken before a new table is made
 
 
 def _slots_for(n_live: int, n_slots: int) -> int:
     """Return how many slots a table gets that must hold n_live entries, given how many it had.
 
-    At most 11/16 full, so that a table that is rebuilt at its old size has room for n/16 changes before the
-    next time; halved only when it would be a quarter full, so that it does not swing. Typically 64 B per chunk.
+    At most 3/4 full, so that a table that is rebuilt at its old size has room for a twelfth of its slots in changes
+    before the next time; smaller only when it would be less than 3/8 full, so that it does not swing. 58 to 64 B per
+    chunk while it grows, 128 B at worst.
     """
-    while n_live * 16 > n_slots * 11:
-        n_slots *= 2
-    while n_slots > SLOTS_MIN and n_live * 4 <= n_slots:
-        n_slots //= 2
-    return n_slots
+    need = max(SLOTS_MIN, -(-n_live * 4 // 3))
+    return n_slots if need <= n_slots < 2 * need else need
 
 
 class TableOwner:
@@ -225,7 +224,7 @@ class TableOwner:
             before = self._number
             try:
                 table = self._table
-                if (table.n_live + table.n_tombstones + n_new) * 4 > table.n_slots * 3:
+                if (table.n_live + table.n_tombstones + n_new) * FULL_OF > table.n_slots * FULL:
                     self._rebuild(n_new)
                 yield
                 if self._table.n_tombstones * 4 > self._table.n_slots:

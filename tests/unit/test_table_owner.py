@@ -51,10 +51,10 @@ def test_owner_grows_past_any_number_and_tells_each_time(follower: Follower) -> 
         owner.put_chunk(key(n), n, n, n)
         if follower.reader is not None and n % 100 == 0:
             assert follower.reader.lookup_chunk(key(n)) == (n, n, n)
-    assert follower.numbers == [2, 3, 4] == list(range(2, owner.number + 1))
+    assert len(follower.numbers) > 5 and follower.numbers == list(range(2, owner.number + 1))
     assert follower.reader is not None
     assert follower.reader.lookup_many(b"".join(map(key, range(5000)))) == 5000
-    assert owner.n_slots == 8192
+    assert 5000 * 6 / 5 <= owner.n_slots <= 5000 * 4 / 3
     owner.close()
     owner.close()
 
@@ -171,7 +171,7 @@ def test_epoch_goes_on_from_table_to_table() -> None:
 
 def test_a_refused_put_still_hands_a_new_table_on(follower: Follower) -> None:
     owner = TableOwner(follower)
-    for n in range(768):
+    for n in range(owner.n_slots * 5 // 6):
         owner.put_chunk(key(n), 1, n, n)
     assert owner.number == 1
     with pytest.raises(UsageError):
