@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["HEDGE_MIN_S", "RATE_WINDOW_S", "PeerState", "late_chunks"]
+__all__ = ["HEDGE_MIN_S", "RATE_WINDOW_S", "PeerState", "late_chunks", "oldest_request"]
 
 HEDGE_FACTOR = 3.0
 HEDGE_MIN_S = 0.5  # below, jitter of a healthy peer would look late
@@ -55,6 +55,11 @@ class PeerState:
         self.depth = min(WINDOW_MAX, depth)
 
 
+def oldest_request(peers: Collection[PeerState], now: float) -> float:
+    """Return when the oldest request in flight was made; without any, now. Cost: one look at each peer."""
+    return min((next(iter(peer.in_flight.values())) for peer in peers if peer.in_flight), default=now)
+
+
 def late_chunks(
     peers: Collection[PeerState], wanted: int, chunk_size: int, stood_in: Mapping[int, float], now: float
 ) -> dict[int, float]:
@@ -69,11 +74,10 @@ def late_chunks(
     """
     late: dict[int, float] = {}
     in_time: set[int] = set()
-    busy = [peer for peer in peers if peer.in_flight]
-    if all(now - next(iter(peer.in_flight.values())) < HEDGE_MIN_S for peer in busy):  # the oldest comes first
-        return late
     typical = _typical_rate(peers)
-    for peer in busy:
+    for peer in peers:
+        if not peer.in_flight:
+            continue
         rate = peer.rate_Bps or typical
         expected = peer.rtt_s + len(peer.in_flight) * chunk_size / rate if rate else HEDGE_MIN_S
         limit = max(HEDGE_MIN_S, HEDGE_FACTOR * expected)

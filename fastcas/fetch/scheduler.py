@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from fastcas import limits
 from fastcas.fetch.chunksets import bits, from_bitfield, lowest, lowest_bits, to_set
-from fastcas.fetch.peerstate import HEDGE_MIN_S, RATE_WINDOW_S, PeerState, late_chunks
+from fastcas.fetch.peerstate import HEDGE_MIN_S, RATE_WINDOW_S, PeerState, late_chunks, oldest_request
 
 __all__ = ["Ask", "PeerState", "Scheduler", "bits", "from_bitfield", "lowest_bits", "to_set"]
 
@@ -102,6 +102,9 @@ class Scheduler:
         self._rng = rng
         self._holders: dict[int, int] = {}  # chunk -> requests in flight
         self._levels: list[int] = [self.full]  # _levels[c] = chunks that exactly c partial peers have
+        self._usable: list[PeerState] | None = []  # not banned, with something; None: to be listed again
+        self._seeds: list[PeerState] = []  # those of them that are seeds
+        self._oldest_at = -math.inf  # no request in flight is older
 
     # --- peers ---
 
@@ -128,6 +131,8 @@ class Scheduler:
         if removed := old_counted & ~new_counted:
             self._shift(removed, -1)
         self.n_leechers += (not is_seed) - peer.is_leecher
+        if is_seed != peer.is_seed or (not have) != (not peer.have):
+            self._usable = None
         peer.have = have
         peer.is_seed = is_seed
         peer.is_leecher = not is_seed
@@ -144,11 +149,15 @@ class Scheduler:
             if level + by == len(levels):
                 levels.append(0)
             levels[level + by] |= moved
+            chunks ^= moved
+            if not chunks:
+                return
 
     def ban(self, key: Hashable, reason: str) -> None:
         """Never ask a peer again; what it was asked for is free again."""
         self.disconnect(key)
         self.peers[key].banned = reason
+        self._usable = None
 
     def disconnect(self, key: Hashable) -> None:
         """Forget what a peer has and what it was asked for; it may come back with `set_have`."""
@@ -257,7 +266,7 @@ class Scheduler:
         if peer.rest_until > now:  # the other requests of the same broken connection
             return peer.rest_until
         peer.n_failures += 1
-        others = any(p is not peer and p.banned is None and p.have and p.rest_until <= now for p in self.peers.values())
+        others = any(p is not peer and p.rest_until <= now for p in self._list_usable())
         pause = min(FAILURE_MAX_S if others else ALONE_MAX_S, FAILURE_MIN_S * 2.0 ** min(peer.n_failures - 1, 10))
         if others and peer.n_failures >= PARK_AFTER:
             pause = PARK_S
@@ -273,73 +282,78 @@ class Scheduler:
     # --- decisions ---
 
     def decide(self, now: float) -> list[Ask]:  # hot
-        """Return the requests to make now; they count as made."""
+        """Return the requests to make now; they count as made. Cost: one pass over the usable peers."""
         asks: list[Ask] = []
-        ready = [peer for peer in self.peers.values() if peer.have and peer.banned is None and peer.rest_until <= now]
-        if not ready:
+        floor = self._floor()
+        free = self.free & self.allowed
+        open_peers: list[PeerState] = []
+        rooms: list[int] = []
+        depths = 0
+        is_anyone_ready = False
+        for peer in self._list_usable():
+            if peer.rest_until > now:
+                continue
+            is_anyone_ready = True
+            depth = peer.depth
+            depths += depth
+            if peer.have & free:
+                room = (floor if floor > depth else depth) - len(peer.in_flight)
+                if room > 0:
+                    open_peers.append(peer)
+                    rooms.append(room)
+        if not is_anyone_ready:
             self._cut_rests(now)
             return asks
-        self._ask_next(ready, now, asks)
-        floor = self._floor()
-        room = [(floor if floor > peer.depth else peer.depth) - len(peer.in_flight) for peer in ready]
-        open_peers: list[int] = []
-        idle: list[PeerState] = []
-        free = self.free & self.allowed
-        for at, peer in enumerate(ready):
-            if peer.have & free:
-                if room[at] > 0:
-                    open_peers.append(at)
-            elif not peer.in_flight and (not peer.n_next or self._is_silent(peer, now)):
-                idle.append(peer)
+        self._ask_next(now, asks)
         most = self.max_in_flight
         if self.n_leechers >= CROWD:
-            most = min(most, max(CROWD_IN_FLIGHT, sum(peer.depth for peer in ready)))
+            most = min(most, max(CROWD_IN_FLIGHT, depths))
+        fruitless: list[PeerState] = []
+        draw = self._rng.random
         while open_peers and self.n_in_flight < most:
-            at = int(self._rng.random() * len(open_peers))
-            number = open_peers[at]
-            peer = ready[number]
+            at = int(draw() * len(open_peers))
+            peer = open_peers[at]
             index = self._pick(peer, now)
             if index is None:
-                open_peers.pop(at)
-                if not peer.in_flight and (not peer.n_next or self._is_silent(peer, now)):
-                    idle.append(peer)
+                fruitless.append(peer)
+                del open_peers[at], rooms[at]
                 continue
             self._take(peer, index, now)
             asks.append(Ask(peer.key, index))
-            room[number] -= 1
-            if room[number] <= 0:
-                open_peers.pop(at)
-        if self.n_in_flight:
-            self._hedge([peer for peer in idle if not peer.in_flight], now, asks)
+            rooms[at] -= 1
+            if not rooms[at]:
+                del open_peers[at], rooms[at]
+        if self.n_in_flight and now - self._oldest_at >= HEDGE_MIN_S:
+            self._oldest_at = oldest_request(self.peers.values(), now)
+            if now - self._oldest_at >= HEDGE_MIN_S:
+                self._hedge(self._idle(free, fruitless, now), now, asks)
         return asks
 
     def wake_at(self, now: float) -> float | None:
         """Return when `decide` may have something new without an answer, or None."""
-        times = [
-            peer.rest_until
-            for peer in self.peers.values()
-            if peer.banned is None and peer.have and peer.rest_until > now
-        ]
+        at = math.inf
+        for peer in self._list_usable():
+            if now < peer.rest_until < at:
+                at = peer.rest_until
         if self.n_in_flight and len(self.peers) > 1:
-            times.append(now + HEDGE_MIN_S)
-        if self._held_back_until > now:
-            times.append(self._held_back_until)
+            at = min(at, now + HEDGE_MIN_S)
+        if now < self._held_back_until < at:
+            at = self._held_back_until
         if self.n_leechers and self.free:
-            times.append(now + NEXT_AGAIN_S)
-        elif now < self._others_until:
-            times.append(self._others_until)
-        return min(times, default=None)
+            at = min(at, now + NEXT_AGAIN_S)
+        elif now < self._others_until < at:
+            at = self._others_until
+        return at if at < math.inf else None
 
     def usable_peers(self) -> list[PeerState]:
         """Peers that are not banned and have something."""
-        return [peer for peer in self.peers.values() if peer.banned is None and peer.have]
+        return list(self._list_usable())
 
     def unheld(self) -> int:
         """Return the wanted chunks that no usable peer has, as a chunk set."""
         held = 0
-        for peer in self.peers.values():
-            if peer.banned is None:
-                held |= peer.have
+        for peer in self._list_usable():
+            held |= peer.have
         return self.wanted & ~held
 
     def late(self, key: Hashable, now: float) -> float:
@@ -348,6 +362,12 @@ class Scheduler:
         return now - min(in_flight.values()) if in_flight else 0.0
 
     # --- inside ---
+
+    def _list_usable(self) -> list[PeerState]:
+        if self._usable is None:
+            self._usable = [peer for peer in self.peers.values() if peer.banned is None and peer.have]
+            self._seeds = [peer for peer in self._usable if peer.is_seed]
+        return self._usable
 
     def _floor(self) -> int:
         if self.n_leechers >= CROWD:
@@ -399,12 +419,12 @@ class Scheduler:
             return candidates
         return candidates & ~self._levels[0]
 
-    def _ask_next(self, ready: list[PeerState], now: float, asks: list[Ask]) -> None:
+    def _ask_next(self, now: float, asks: list[Ask]) -> None:
         """Rule 8 (two more than the formula stands for "as soon as the header arrives") and rule 12's churn."""
         unheld = self.free & self.allowed & self._levels[0]
         if not unheld or not (self.n_leechers or now < self._others_until):
             return
-        seeds = [peer for peer in ready if peer.is_seed and peer.gives_next]
+        seeds = [peer for peer in self._seeds if peer.rest_until <= now and peer.gives_next]
         if not seeds:
             return
         least = math.ceil(4 / (self.n_leechers + 1)) + 1
@@ -433,6 +453,15 @@ class Scheduler:
     def _is_silent(self, peer: PeerState, now: float) -> bool:
         """Whether a seed that was asked to choose has not done so for long."""
         return peer.n_next > 0 and now - peer.next_since >= NEXT_SILENT_S
+
+    def _idle(self, free: int, fruitless: list[PeerState], now: float) -> list[PeerState]:
+        """Who can be asked for nothing that is free, and waits for nothing."""
+        candidates = [peer for peer in self._list_usable() if peer.rest_until <= now and not peer.have & free]
+        return [
+            peer
+            for peer in candidates + fruitless
+            if not peer.in_flight and (not peer.n_next or self._is_silent(peer, now))
+        ]
 
     def _hedge(self, idle: list[PeerState], now: float, asks: list[Ask]) -> None:
         """Ask idle peers for what is late elsewhere, the latest first."""
@@ -470,8 +499,8 @@ class Scheduler:
 
     def _cut_rests(self, now: float) -> None:
         """Nobody can be asked: who rests because others were there rests no longer than if there had been none."""
-        for peer in self.peers.values():
-            if peer.banned is None and peer.have and peer.rest_until > now + ALONE_MAX_S:
+        for peer in self._list_usable():
+            if peer.rest_until > now + ALONE_MAX_S:
                 peer.rest_until = now + ALONE_MAX_S * (0.5 + 0.5 * self._rng.random())
 
     def _following(self, peer: PeerState, candidates: int) -> int:
