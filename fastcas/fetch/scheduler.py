@@ -332,8 +332,9 @@ class Scheduler:
     def wake_at(self, now: float) -> float | None:
         """Return when `decide` may have something new without an answer, or None."""
         at = math.inf
+        free = self.free & self.allowed
         for peer in self._list_usable():
-            if now < peer.rest_until < at:
+            if now < peer.rest_until < at and peer.have & free:
                 at = peer.rest_until
         if self.n_in_flight and len(self.peers) > 1:
             at = min(at, now + HEDGE_MIN_S)

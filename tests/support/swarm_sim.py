@@ -217,13 +217,16 @@ class Simulation:
             server = self.seed if number == 0 else self.leechers[number - 1]
             self.at(self.now + self.swarm.rtt_s / 2, self._arrive, server, host, ask.index)
         wake = scheduler.wake_at(self.now)
-        if wake is not None and host.wake > wake:
-            host.wake = wake
-            self.at(max(wake, self.now + WAKE_S), self._woken, host)
+        if wake is not None:
+            wake = max(wake, self.now + WAKE_S)
+            if wake < host.wake:
+                host.wake = wake
+                self.at(wake, self._woken, host)
 
     def _woken(self, host: _Host) -> None:
-        host.wake = math.inf
-        self._pump(host)
+        if host.wake == self.now:  # else an earlier one took this one's place
+            host.wake = math.inf
+            self._pump(host)
 
     def _answer(self, host: _Host, server: _Host, index: int | None, kind: str) -> None:
         scheduler = host.scheduler
