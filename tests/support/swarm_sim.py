@@ -5,12 +5,17 @@ the strategy in docs/P2P_ARCHITECTURE.md), downlinks with a short backlog, half 
 neighbours have every POLL_S. What is not: headers (a real wire adds 4.5 %), slow start, loss, CPU. Every leecher knows
 the seed and all others, above a hundred 30 random ones or so. Marks on the board are never taken back.
 
-    python -m tests.support.swarm_sim [--chunks 64] [--slow 0.3] [--churn 0.1] N...
+    python -m tests.support.swarm_sim [--chunks 64] [--kind alike|mixed|churn]... [--slow 0.3] [--churn 0.1] N...
+
+One line a run: the bound, the last and the median leecher's time ÷ the bound, what the seed sent ÷ the file; the
+excess: the last one's time above the bound in times that the seed's uplink takes for a chunk, and that ÷ log2 N;
+requests refused ("busy") per chunk and leecher.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import heapq
 import itertools
 import math
@@ -59,13 +64,20 @@ class Swarm:
 
 @dataclass
 class Outcome:
-    """Times in seconds; seed_sent in file sizes."""
+    """What became of it.
+
+    Attributes:
+        ratio: The last leecher's time ÷ the bound; median: that of half of them.
+        seed_sent: In file sizes.
+        n_refused: Requests that were answered "busy".
+    """
 
     ratio: float
     median: float
     seed_sent: float
     n_events: int
     n_duplicates: int
+    n_refused: int
 
 
 @dataclass(eq=False, slots=True)
@@ -101,6 +113,7 @@ class Simulation:
         self._count = itertools.count()
         self._full = (1 << swarm.n_chunks) - 1
         self.n_duplicates = 0
+        self.n_refused = 0
         self.seed = _Host(0, swarm.seed_up * MBIT, swarm.down * MBIT, have=self._full, generation=1)
         self.seed.board = GivenBoard.create()
         self.leechers: list[_Host] = []
@@ -142,7 +155,9 @@ class Simulation:
             n_events += 1
         ends.sort()
         sent = self.seed.n_sent / self.swarm.n_chunks
-        return Outcome(ends[-1] / bound, ends[len(ends) // 2] / bound, sent, n_events, self.n_duplicates)
+        return Outcome(
+            ends[-1] / bound, ends[len(ends) // 2] / bound, sent, n_events, self.n_duplicates, self.n_refused
+        )
 
     # --- who is there ---
 
@@ -270,6 +285,7 @@ class Simulation:
                 self.at(back, self._answer, client, server, index, "missing")
                 return
             if _is_busy(server):
+                self.n_refused += 1
                 self.at(back, self._answer, client, server, index, "busy")
                 return
         server.waiting += self.swarm.chunk_size
@@ -335,29 +351,47 @@ def simulate(swarm: Swarm) -> Outcome:
     return Simulation(swarm).run()
 
 
+KINDS = ("alike", "mixed", "churn")
+HEAD = (
+    f"{'kind':6} {'N':>6} {'chunks':>6} {'bound':>8} {'last':>6} {'median':>6} {'seed':>6} {'excess':>7} "
+    f"{'/log2 N':>7} {'refused':>7} {'events':>10} {'CPU':>7} {'memory':>8}"
+)
+
+
+def row(kind: str, swarm: Swarm) -> str:
+    """Run one swarm and return its line of the table; `HEAD` names the columns."""
+    n = len(swarm.ups)
+    begun = time.process_time()
+    got = simulate(swarm)
+    spent_s = time.process_time() - begun
+    excess = (got.ratio - 1) * swarm.bound_s() * swarm.seed_up * MBIT / swarm.chunk_size
+    mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return (
+        f"{kind:6} {n:6} {swarm.n_chunks:6} {swarm.bound_s():6.2f} s {got.ratio:6.3f} {got.median:6.3f} "
+        f"{got.seed_sent:4.2f} F {excess:7.1f} {excess / math.log2(n):7.2f} "
+        f"{got.n_refused / n / swarm.n_chunks:7.1f} {got.n_events:10} {spent_s:5.0f} s {mib:4.0f} MiB"
+    )
+
+
 def main() -> None:
-    """Print how the ratio grows with N, with heterogeneous links and churn."""
+    """Print how the ratio grows with N: links alike, some of them thin, and churn besides."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("n", type=int, nargs="+")
     parser.add_argument("--chunks", type=int, default=64)
+    parser.add_argument("--kind", choices=KINDS, action="append", help="default: all of them")
     parser.add_argument("--slow", type=float, default=0.3, help="share of the leechers with a fifth of the uplink")
     parser.add_argument("--churn", type=float, default=0.1, help="share that vanishes half-way and is replaced")
     options = parser.parse_args()
+    gc.disable()  # there is little to find, and a look at ten million objects takes seconds
+    print(HEAD, flush=True)
     for n in options.n:
-        kinds = [("alike", 0.0, 0.0), ("mixed, churn", options.slow, options.churn)]
-        for name, slow, churn in kinds if options.slow or options.churn else kinds[:1]:
+        for kind in options.kind or KINDS:
             rng = random.Random(n)
+            slow = 0.0 if kind == "alike" else options.slow
+            leave = int(options.churn * n) if kind == "churn" else 0
             ups = tuple(20.0 if rng.random() < slow else 100.0 for _ in range(n))
-            swarm = Swarm(ups, 200.0, 100.0, n_chunks=options.chunks, leave=int(churn * n), replaced=True)
-            begun = time.monotonic()
-            got = simulate(swarm)
-            mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(
-                f"N {n:6}  {name:13} {options.chunks} chunks  bound {swarm.bound_s():.2f} s  last {got.ratio:.3f}  "
-                f"median {got.median:.3f}  seed sent {got.seed_sent:.2f} F  {got.n_events} events  "
-                f"{time.monotonic() - begun:.1f} s  {mib:.0f} MiB",
-                flush=True,
-            )
+            print(row(kind, Swarm(ups, 200.0, 100.0, options.chunks, leave=leave, replaced=True)), flush=True)
+            gc.collect()
 
 
 if __name__ == "__main__":
