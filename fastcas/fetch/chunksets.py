@@ -5,9 +5,10 @@ Intersection, difference and "any" of 65,536 chunks cost about a microsecond eac
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 
-__all__ = ["bits", "from_bitfield", "lowest", "lowest_bits", "to_set"]
+__all__ = ["any_member", "bits", "from_bitfield", "lowest", "lowest_bits", "to_set"]
 
 
 def bits(number: int) -> Iterator[int]:
@@ -48,3 +49,10 @@ def from_bitfield(data: bytes, n: int) -> int:
 def lowest(number: int) -> int:
     """Return the first member of a chunk set that is not empty."""
     return (number & -number).bit_length() - 1
+
+
+def any_member(number: int, rng: random.Random) -> int:
+    """Return a member of a chunk set that is not empty: the first at or after a random place, else the first of all."""
+    start = rng.randrange(number.bit_length())
+    ahead = number >> start
+    return start + lowest(ahead) if ahead else lowest(number)

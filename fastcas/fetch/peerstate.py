@@ -6,6 +6,8 @@ import math
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 
+from fastcas.fetch.chunksets import lowest
+
 __all__ = ["HEDGE_MIN_S", "RATE_WINDOW_S", "PeerState", "late_chunks", "oldest_request"]
 
 HEDGE_FACTOR = 3.0
@@ -41,6 +43,13 @@ class PeerState:
     window_bytes: int = 0
     delivered_at: float = -math.inf
     depth: int = 0  # requests in flight that its rate and round trip ask for
+
+    def follow(self, candidates: int) -> int:
+        """Return the next of some chunks (not none) at or after where this peer's run goes on, else the first one."""
+        ahead = candidates >> self.cursor
+        index = self.cursor + lowest(ahead) if ahead else lowest(candidates)
+        self.cursor = index + 1
+        return index
 
     def measure(self, size: int, now: float, chunk_size: int) -> None:
         """It delivered `size` bytes: its rate, and how many requests in flight that and its round trip ask for."""

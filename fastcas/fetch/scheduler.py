@@ -27,7 +27,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from fastcas import limits
-from fastcas.fetch.chunksets import bits, from_bitfield, lowest, lowest_bits, to_set
+from fastcas.fetch.chunksets import any_member, bits, from_bitfield, lowest_bits, to_set
 from fastcas.fetch.peerstate import HEDGE_MIN_S, RATE_WINDOW_S, PeerState, late_chunks, oldest_request
 
 __all__ = ["Ask", "PeerState", "Scheduler", "bits", "from_bitfield", "lowest_bits", "to_set"]
@@ -403,12 +403,12 @@ class Scheduler:
         if not candidates:
             return None
         if self.n_leechers == 0:
-            return self._following(peer, candidates)
+            return peer.follow(candidates)
         for level in self._levels:
             rarest = candidates & level
             if rarest:
-                return self._any(rarest)
-        return self._any(candidates)
+                return any_member(rarest, self._rng)
+        return any_member(candidates, self._rng)
 
     def _of_seed(self, peer: PeerState, candidates: int, now: float) -> int:
         """What may be asked of a NEXT seed by name: nothing before its first 204; then what leechers have too, and
@@ -466,9 +466,9 @@ class Scheduler:
 
     def _hedge(self, idle: list[PeerState], now: float, asks: list[Ask]) -> None:
         """Ask idle peers for what is late elsewhere, the latest first."""
-        late = self._late(now) if idle else {}
-        if not late:
+        if not idle:
             return
+        late = late_chunks(self.peers.values(), self.wanted, self.chunk_size, self._stood_in, now)
         idle.sort(key=lambda peer: peer.delivered_at, reverse=True)  # who never delivered may never do
         for peer in idle:
             if not late or self.n_in_flight >= self.max_in_flight:
@@ -480,9 +480,6 @@ class Scheduler:
             if index is not None:
                 self._take(peer, index, now)
                 asks.append(Ask(peer.key, index))
-
-    def _late(self, now: float) -> dict[int, float]:
-        return late_chunks(self.peers.values(), self.wanted, self.chunk_size, self._stood_in, now)
 
     def _instead_of_late(self, peer: PeerState, late: dict[int, float], patience_s: float, now: float) -> int | None:
         """The latest chunk that a peer has, or what stands in for one; it is taken out of `late`."""
@@ -503,15 +500,3 @@ class Scheduler:
         for peer in self._list_usable():
             if peer.rest_until > now + ALONE_MAX_S:
                 peer.rest_until = now + ALONE_MAX_S * (0.5 + 0.5 * self._rng.random())
-
-    def _following(self, peer: PeerState, candidates: int) -> int:
-        """The next candidate at or after where this peer's run goes on, else the first one."""
-        ahead = candidates >> peer.cursor
-        index = peer.cursor + lowest(ahead) if ahead else lowest(candidates)
-        peer.cursor = index + 1
-        return index
-
-    def _any(self, candidates: int) -> int:
-        start = self._rng.randrange(candidates.bit_length())
-        ahead = candidates >> start
-        return start + lowest(ahead) if ahead else lowest(candidates)

@@ -80,6 +80,7 @@ def test_any_history_keeps_the_books_and_ends_with_everything(seed: int, data: s
             out.append((ask.peer, ask.index))  # type: ignore[arg-type]
         assert scheduler.n_in_flight == sum(len(peer.in_flight) for peer in scheduler.peers.values())
         assert scheduler.n_in_flight <= scheduler.max_in_flight
+        assert scheduler.usable_peers() == [p for p in scheduler.peers.values() if p.have and p.banned is None]
         now += rng.random() * 0.2
         if not out:
             continue
