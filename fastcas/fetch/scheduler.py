@@ -157,7 +157,6 @@ class Scheduler:
         """Never ask a peer again; what it was asked for is free again."""
         self.disconnect(key)
         self.peers[key].banned = reason
-        self._usable = None
 
     def disconnect(self, key: Hashable) -> None:
         """Forget what a peer has and what it was asked for; it may come back with `set_have`."""

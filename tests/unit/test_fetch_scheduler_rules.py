@@ -95,16 +95,12 @@ def test_no_rate_lets_a_crowd_be_asked_for_more_than_the_memory_holds() -> None:
 
 
 def test_busy_node_goes_on_to_ask_by_name() -> None:
-    scheduler = with_seed(100, 0b1)
+    scheduler = make(100, 0b1)
     scheduler.is_busy = lambda: True
-    scheduler.decide(0.0)
-    meet(scheduler, 1, 0b11)
-    assert [ask for ask in scheduler.decide(0.1) if ask.index is None] == []
-    meet(scheduler, 1, 0b1111)
-    scheduler.completed(1, 0, 0.1, CHUNK, 0.0)
-    asks = scheduler.decide(0.2)
-    assert asks
-    assert all(ask.peer == 1 and ask.index is not None for ask in asks)
+    assert scheduler.decide(0.0) == [Ask(0, 0)]
+    meet_seed(scheduler, 1)
+    meet(scheduler, 2, 0b10)
+    assert scheduler.decide(0.1) == [Ask(2, 1)]
 
 
 def test_busy_node_that_waits_for_nothing_asks_for_something_new() -> None:
@@ -244,5 +240,20 @@ def test_seed_that_still_gives_what_nobody_has_is_kept_from_hedges_for_a_second_
 
 def test_seed_whose_choice_is_waited_for_gets_no_hedge_before_it_counts_as_silent() -> None:
     scheduler = seed_that_still_gives()
-    scheduler.peers[1].n_next = 1
+    scheduler.nothing_new(1, 0.0)
+    scheduler.peers[1].n_next = 1  # asked again
     assert waits_for(scheduler, 0.0) == pytest.approx(NEXT_SILENT_S, abs=STEP_S)
+
+
+# --- who is a seed ---
+
+
+def test_seed_that_lacks_a_chunk_is_not_asked_to_choose() -> None:
+    scheduler = with_seed(100, 0b1)
+    scheduler.decide(0.0)
+    for _ in range(scheduler.peers[0].n_next):
+        scheduler.lost(0, None)
+    scheduler.missing(0, 7)
+    asks = scheduler.decide(0.1)
+    assert asks
+    assert all(ask.index is not None for ask in asks)
