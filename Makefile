@@ -115,11 +115,11 @@ bench-dht: build
 bench-swarm: bench-tools
 	$(PY) -m bench.swarm
 
-# 1,000 and 10,000 leechers in virtual time, alike and with slow uplinks and churn; about four minutes, 250 MiB
+# Swarms of 10 to 10,000 leechers in virtual time, alike, with thin uplinks and with churn: 25 minutes of one core, 400 MiB
 swarm-sim: build
-	$(PY) -m tests.support.swarm_sim --chunks 256 10 100
-	$(PY) -m tests.support.swarm_sim --chunks 64 1000
-	$(PY) -m tests.support.swarm_sim --chunks 8 10000
+	$(PY) -m tests.support.swarm_sim --chunks 256 10 30 100 300 1000
+	$(PY) -m tests.support.swarm_sim --chunks 256 --kind alike 3000
+	$(PY) -m tests.support.swarm_sim --chunks 128 --kind alike --kind churn 10000
 
 bench-kernels: bench-tools
 	$(PY) -m bench.kernels

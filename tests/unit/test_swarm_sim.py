@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from tests.support.swarm_sim import Swarm, simulate
@@ -38,3 +40,9 @@ def test_what_only_leechers_had_that_vanished_is_asked_of_the_seed_by_name() -> 
 @pytest.mark.slow
 def test_those_who_join_half_way_hold_nobody_up() -> None:
     assert simulate(alike(10, 100, 200, leave=2, replaced=True)).ratio <= 1.6
+
+
+@pytest.mark.slow
+def test_what_a_crowd_takes_above_the_bound_are_few_chunk_times_per_doubling() -> None:
+    swarm = alike(100, 100, 200, n_chunks=64)
+    assert (simulate(swarm).ratio - 1) * swarm.n_chunks <= 6 * math.log2(100)
