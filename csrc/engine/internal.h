@@ -123,6 +123,7 @@ struct fcas_conn {
     float      took;         /* bytes per second in its last turn if it was slow then, else 0 */
     int64_t    turn_ns;      /* when it got its slot */
     uint64_t   turn_sent;    /* `sent` then */
+    uint32_t   cap;          /* bytes per second that the kernel may send for it, 0 = as many as it likes */
     int64_t    blocked_ns;   /* since when it cannot be written to, 0 = it can */
     uint8_t    limited;      /* waits for the upload limit */
     uint32_t   grant;        /* body bytes taken from the bucket for this turn */
@@ -183,6 +184,7 @@ struct fcas_engine {
     uint64_t window_bytes;  /* bytes sent at that time, 0 = it has not begun */
     int64_t  probe_ns;      /* from then on a request is let in however busy */
     int64_t  published_ns;
+    int64_t  capped_ns;     /* when the holders' caps were set last */
     uint64_t bytes_sent;    /* body bytes before those in delta */
     int      limit_sleeps;  /* the bucket was empty: until the timer fires */
     /* table and epochs (epoch.c) */

@@ -31,6 +31,8 @@
 #define PROBE_NS       1000000000ll
 #define PROBE_NS_MAX   30000000000ll
 #define PUBLISH_NS     20000000ll
+#define CAP_NS         50000000ll
+#define CAP_SHARES     1.15
 #define UNSENT_MAX     65536 /* what the kernel may hold unsent for a peer elsewhere: waiting is to be seen by us */
 
 /* ---- what waits ---- */
@@ -121,6 +123,27 @@ static void enter_queue(fcas_engine *e, fcas_conn *c)
     fcas_engine_count(e, FCAS_CTR_PEER_QUEUED, 1);
 }
 
+/* ---- caps ---- */
+
+static void set_cap(fcas_conn *c, double rate)
+{
+    uint32_t cap = rate > 4e9 ? UINT32_MAX : (uint32_t)rate;
+    if (c->local || (cap < c->cap + c->cap / 16 && cap > c->cap - c->cap / 16))
+        return;
+    if (setsockopt(c->fd, SOL_SOCKET, SO_MAX_PACING_RATE, &cap, sizeof cap) == 0)
+        c->cap = cap;
+}
+
+static void set_caps(fcas_engine *e)
+{
+    double share = e->uplink / (double)e->n_holders;
+    e->capped_ns = e->now_ns;
+    if (!(e->uplink > 0) || e->config.bucket)
+        return;
+    for (uint32_t i = 0; i < e->n_holders; i++)
+        set_cap(e->holders[i], CAP_SHARES * share);
+}
+
 /* ---- slots ---- */
 
 static void hold(fcas_engine *e, fcas_conn *c)
@@ -135,6 +158,8 @@ static void hold(fcas_engine *e, fcas_conn *c)
     c->turn_sent = c->sent;
     c->blocked_ns = 0;
     c->slow = 0;
+    if (e->uplink > 0 && !e->config.bucket)
+        set_cap(c, CAP_SHARES * e->uplink / (double)e->n_holders);
 }
 
 static void start_next(fcas_engine *e)
@@ -217,6 +242,8 @@ void fcas_slots_run(fcas_engine *e)
 {
     int64_t first_ns = 0;
     measure(e);
+    if (e->now_ns - e->capped_ns >= CAP_NS)
+        set_caps(e);
     if (e->config.counters && e->now_ns - e->published_ns >= PUBLISH_NS)
         fcas_slots_publish(e, e->config.counters);
     if (!e->queue_head)
