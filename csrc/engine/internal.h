@@ -117,6 +117,7 @@ struct fcas_conn {
     /* upload slot (slots.c) */
     uint8_t    is_peer;      /* it has named a peer */
     uint8_t    slot;         /* its place among the holders + 1, 0 = none */
+    uint8_t    draining;     /* its place among those that hold no slot, but bytes in the kernel, + 1, 0 = none */
     uint32_t   asked;        /* bytes of the chunk it asked for */
     uint32_t   queued_bytes; /* what of that counts in the queue */
     uint8_t    slow;         /* in this turn fcas_slot_unwritable() held once */
@@ -176,6 +177,8 @@ struct fcas_engine {
     /* upload slots (slots.c) */
     fcas_conn *holders[FCAS_SLOTS_MAX];
     uint32_t n_holders;
+    fcas_conn *drains[FCAS_SLOTS_MAX]; /* whose last turn is over, with bytes of it in the kernel perhaps */
+    uint32_t n_drains;
     uint32_t next_bytes;    /* length of the last chunk given through NEXT */
     fcas_conn *queue_head, *queue_tail;
     uint64_t queue_bytes;   /* as they count */
