@@ -12,7 +12,10 @@
  * is measured over windows in which a slot was in use all the time, and falls slowly when there are none that reach it;
  * what is written in the first FILL_NS after a pause says how much the kernel holds, not how fast it sends, and does not
  * count. It begins with the upload limit's rate; without a limit, GUESS_BPS is taken for it towards other hosts until it is
- * known, and this one's own programs are not refused.
+ * known, and this one's own programs are not refused. What a finished response has left in the kernel waits like the rest.
+ *
+ * Towards other hosts the kernel sends for each holder a little more than an equal share of the measured uplink at most
+ * (set_cap): no flow can fill the queue before the uplink, in which everybody's acknowledgements and our own requests wait.
  */
 #include <linux/sockios.h>
 #include <netinet/in.h>
