@@ -187,6 +187,7 @@ struct fcas_engine {
     uint64_t window_bytes;  /* bytes sent at that time, 0 = it has not begun */
     int64_t  probe_ns;      /* from then on a request is let in however busy */
     int64_t  published_ns;
+    int      rising;        /* the last window showed a rate well above what was known */
     int64_t  capped_ns;     /* when the holders' caps were set last */
     uint64_t bytes_sent;    /* body bytes before those in delta */
     int      limit_sleeps;  /* the bucket was empty: until the timer fires */

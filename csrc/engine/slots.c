@@ -36,7 +36,9 @@
 #define PROBE_NS_MAX   30000000000ll
 #define PUBLISH_NS     20000000ll
 #define CAP_NS         50000000ll
-#define CAP_SHARES     1.15 /* a holder may send so many equal shares of the uplink */
+#define CAP_SHARES     1.2 /* a holder may send so many equal shares of the uplink, */
+#define CAP_RISING     1.5 /* and so many after a window that showed RISES times the rate that was known */
+#define RISES          1.05
 #define UNSENT_MAX     65536 /* what the kernel may hold unsent for a peer elsewhere: waiting is to be seen by us */
 
 /* ---- what waits ---- */
@@ -171,7 +173,7 @@ static void enter_queue(fcas_engine *e, fcas_conn *c)
 /* The kernel's model of a path may be wrong by orders of magnitude (BBR took 28 Gbit/s for the bottleneck of 100 Mbit/s
  * whose bucket was full when it looked): a flow with such a model has all its chunk in the queue before the uplink, and
  * the others starve behind it for seconds (docs/DECISIONS.md 41). A little more than equal shares are allowed, so that
- * the rate that is measured can rise: it doubles in a second. */
+ * the rate that is measured can rise, and half as much again once it does: a rate too low doubles in a second. */
 static void set_cap(fcas_conn *c, double rate)
 {
     uint32_t cap = rate > 4e9 ? UINT32_MAX : (uint32_t)rate;
@@ -183,7 +185,7 @@ static void set_cap(fcas_conn *c, double rate)
 
 static double cap_of(const fcas_engine *e)
 {
-    return CAP_SHARES * e->uplink / (double)(e->n_holders + e->n_drains);
+    return (e->rising ? CAP_RISING : CAP_SHARES) * e->uplink / (double)(e->n_holders + e->n_drains);
 }
 
 static void set_caps(fcas_engine *e)
@@ -285,6 +287,7 @@ static void measure(fcas_engine *e)
     if (e->now_ns - e->window_ns < WINDOW_NS)
         return;
     double   rate = (double)(sent - e->window_bytes) * 1e9 / (double)(e->now_ns - e->window_ns);
+    e->rising = rate > RISES * e->uplink;
     e->uplink = rate > e->uplink * UPLINK_KEPT ? rate : e->uplink * UPLINK_KEPT;
     if (e->config.bucket && e->uplink > (double)e->config.bucket->rate)
         e->uplink = (double)e->config.bucket->rate;
