@@ -39,6 +39,7 @@
 #define CAP_SHARES     1.2 /* a holder may send so many equal shares of the uplink, */
 #define CAP_RISING     1.5 /* and so many after a window that showed RISES times the rate that was known */
 #define RISES          1.05
+#define CAPPED_BPS_MAX 125e6 /* a faster uplink's queue is short, and pacing costs CPU there */
 #define UNSENT_MAX     65536 /* what the kernel may hold unsent for a peer elsewhere: waiting is to be seen by us */
 
 /* ---- what waits ---- */
@@ -174,27 +175,18 @@ static void enter_queue(fcas_engine *e, fcas_conn *c)
  * whose bucket was full when it looked): a flow with such a model has all its chunk in the queue before the uplink, and
  * the others starve behind it for seconds (docs/DECISIONS.md 41). A little more than equal shares are allowed, so that
  * the rate that is measured can rise, and half as much again once it does: a rate too low doubles in a second. */
-static void set_cap(fcas_conn *c, double rate)
+static void set_cap(const fcas_engine *e, fcas_conn *c)
 {
-    uint32_t cap = rate > 4e9 ? UINT32_MAX : (uint32_t)rate;
-    if (c->local || (cap < c->cap + c->cap / 16 && cap > c->cap - c->cap / 16))
+    int    is_capped = e->uplink > 0 && e->uplink <= CAPPED_BPS_MAX && !e->config.bucket && !c->local;
+    double rate = (e->rising ? CAP_RISING : CAP_SHARES) * e->uplink / (double)(e->n_holders + e->n_drains);
+    double near = is_capped ? rate / 16 : 1;
+    if (!is_capped)
+        rate = 0;
+    if (rate - c->cap < near && c->cap - rate < near)
         return;
+    uint32_t cap = is_capped ? (uint32_t)rate : UINT32_MAX;
     if (setsockopt(c->fd, SOL_SOCKET, SO_MAX_PACING_RATE, &cap, sizeof cap) == 0)
-        c->cap = cap;
-}
-
-static double cap_of(const fcas_engine *e)
-{
-    return (e->rising ? CAP_RISING : CAP_SHARES) * e->uplink / (double)(e->n_holders + e->n_drains);
-}
-
-static void set_caps(fcas_engine *e)
-{
-    e->capped_ns = e->now_ns;
-    if (!(e->uplink > 0) || e->config.bucket)
-        return;
-    for (uint32_t i = 0; i < e->n_holders; i++)
-        set_cap(e->holders[i], cap_of(e));
+        c->cap = (uint32_t)rate;
 }
 
 /* ---- slots ---- */
@@ -212,8 +204,7 @@ static void hold(fcas_engine *e, fcas_conn *c)
     c->turn_sent = c->sent;
     c->blocked_ns = 0;
     c->slow = 0;
-    if (e->uplink > 0 && !e->config.bucket)
-        set_cap(c, cap_of(e));
+    set_cap(e, c);
 }
 
 static void start_next(fcas_engine *e)
@@ -299,8 +290,11 @@ void fcas_slots_run(fcas_engine *e)
 {
     int64_t first_ns = 0;
     measure(e);
-    if (e->now_ns - e->capped_ns >= CAP_NS)
-        set_caps(e);
+    if (e->now_ns - e->capped_ns >= CAP_NS) {
+        e->capped_ns = e->now_ns;
+        for (uint32_t i = 0; i < e->n_holders; i++)
+            set_cap(e, e->holders[i]);
+    }
     if (e->config.counters && e->now_ns - e->published_ns >= PUBLISH_NS)
         fcas_slots_publish(e, e->config.counters);
     if (!e->queue_head)

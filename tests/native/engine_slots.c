@@ -179,6 +179,12 @@ static void caps(void)
     engine.window_ns = engine.now_ns;
     fcas_slots_run(&engine);
     CHECK(cap(&conns[0]) > 10 * THIN / 2);
+    engine.uplink = 1000 * THIN; /* fast enough to need none: the caps are taken off */
+    engine.now_ns += SECOND;
+    engine.window_ns = engine.now_ns;
+    fcas_slots_run(&engine);
+    CHECK(cap(&conns[0]) > 4e9 && cap(&conns[1]) > 4e9);
+    engine.uplink = THIN;
     conns[2].local = 1;
     start(&conns[2]);
     CHECK(cap(&conns[2]) > 4e9);
@@ -190,6 +196,28 @@ static void caps(void)
     end();
 }
 
+/* The uplink is ten times as fast as was thought: with everybody at its cap, that is known after two seconds. */
+static void recovers(void)
+{
+    begin();
+    engine.delta[FCAS_CTR_BYTES_SENT] = 1;
+    for (int i = 0; i < N; i++) {
+        start(&conns[i]);
+        conns[i].body_left = UINT64_MAX / 2;
+    }
+    for (int64_t until = engine.now_ns + 2 * SECOND; engine.now_ns < until;) {
+        engine.now_ns += STEP;
+        for (int i = 0; i < N; i++) {
+            double rate = cap(&conns[i]) < 10 * THIN / N ? cap(&conns[i]) : 10 * THIN / N;
+            take(&conns[i], (uint64_t)(rate / 100));
+            engine.delta[FCAS_CTR_BYTES_SENT] += (uint64_t)(rate / 100);
+        }
+        fcas_slots_run(&engine);
+    }
+    CHECK(engine.uplink > 9 * THIN && engine.uplink < 11 * THIN);
+    end();
+}
+
 int main(void)
 {
     thin_uplink(32768, 0);
@@ -197,5 +225,6 @@ int main(void)
     slow_reader();
     kernel_holds();
     caps();
+    recovers();
     return 0;
 }
