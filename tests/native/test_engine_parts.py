@@ -1,4 +1,4 @@
-"""Parts of the engine in C under ASan and UBSan: sources of connections and their cap; progress checks; upload slots."""
+"""Parts of the engine in C under ASan and UBSan: sources of connections and their cap; progress checks; slots."""
 
 from __future__ import annotations
 
