@@ -31,6 +31,7 @@
 #define UPLINK_KEPT    0.95  /* per window: a rate that was too high is halved in 3 s */
 #define GUESS_BPS      12500000.0
 #define UNBLOCK_NS_MAX 1000000000ll /* nobody keeps a slot longer than that without taking anything */
+#define DRAIN_S        0.02 /* less than the uplink sends in this time is not worth counting */
 #define DRAIN_NS_MAX   1000000000ll /* who takes longer is not here any more, or reads slowly */
 #define PROBE_NS       1000000000ll
 #define PROBE_NS_MAX   30000000000ll
@@ -94,7 +95,8 @@ static void end_drain(fcas_engine *e, fcas_conn *c)
  * one, a tenth of a second of it. */
 static void begin_drain(fcas_engine *e, fcas_conn *c)
 {
-    if (c->draining || e->n_drains == FCAS_SLOTS_MAX || !in_kernel(c))
+    double rate = e->uplink > 0 ? e->uplink : GUESS_BPS;
+    if (c->draining || e->n_drains == FCAS_SLOTS_MAX || (double)in_kernel(c) < DRAIN_S * rate)
         return;
     c->turn_ns = e->now_ns;
     e->drains[e->n_drains++] = c;
