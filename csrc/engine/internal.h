@@ -117,12 +117,14 @@ struct fcas_conn {
     /* upload slot (slots.c) */
     uint8_t    is_peer;      /* it has named a peer */
     uint8_t    slot;         /* its place among the holders + 1, 0 = none */
+    uint8_t    draining;     /* its place among those that hold no slot, but bytes in the kernel, + 1, 0 = none */
     uint32_t   asked;        /* bytes of the chunk it asked for */
     uint32_t   queued_bytes; /* what of that counts in the queue */
     uint8_t    slow;         /* in this turn fcas_slot_unwritable() held once */
     float      took;         /* bytes per second in its last turn if it was slow then, else 0 */
     int64_t    turn_ns;      /* when it got its slot */
     uint64_t   turn_sent;    /* `sent` then */
+    uint32_t   cap;          /* bytes per second that the kernel may send for it, 0 = as many as it likes */
     int64_t    blocked_ns;   /* since when it cannot be written to, 0 = it can */
     uint8_t    limited;      /* waits for the upload limit */
     uint32_t   grant;        /* body bytes taken from the bucket for this turn */
@@ -175,6 +177,8 @@ struct fcas_engine {
     /* upload slots (slots.c) */
     fcas_conn *holders[FCAS_SLOTS_MAX];
     uint32_t n_holders;
+    fcas_conn *drains[FCAS_SLOTS_MAX]; /* whose last turn is over, with bytes of it in the kernel perhaps */
+    uint32_t n_drains;
     uint32_t next_bytes;    /* length of the last chunk given through NEXT */
     fcas_conn *queue_head, *queue_tail;
     uint64_t queue_bytes;   /* as they count */
@@ -183,6 +187,8 @@ struct fcas_engine {
     uint64_t window_bytes;  /* bytes sent at that time, 0 = it has not begun */
     int64_t  probe_ns;      /* from then on a request is let in however busy */
     int64_t  published_ns;
+    int      rising;        /* the last window showed a rate well above what was known */
+    int64_t  capped_ns;     /* when the holders' caps were set last */
     uint64_t bytes_sent;    /* body bytes before those in delta */
     int      limit_sleeps;  /* the bucket was empty: until the timer fires */
     /* table and epochs (epoch.c) */

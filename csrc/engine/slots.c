@@ -12,7 +12,10 @@
  * is measured over windows in which a slot was in use all the time, and falls slowly when there are none that reach it;
  * what is written in the first FILL_NS after a pause says how much the kernel holds, not how fast it sends, and does not
  * count. It begins with the upload limit's rate; without a limit, GUESS_BPS is taken for it towards other hosts until it is
- * known, and this one's own programs are not refused.
+ * known, and this one's own programs are not refused. What a finished response has left in the kernel waits like the rest.
+ *
+ * Towards other hosts the kernel sends for each holder a little more than an equal share of the measured uplink at most
+ * (set_cap): no flow can fill the queue before the uplink, in which everybody's acknowledgements and our own requests wait.
  */
 #include <linux/sockios.h>
 #include <netinet/in.h>
@@ -28,9 +31,16 @@
 #define UPLINK_KEPT    0.95  /* per window: a rate that was too high is halved in 3 s */
 #define GUESS_BPS      12500000.0
 #define UNBLOCK_NS_MAX 1000000000ll /* nobody keeps a slot longer than that without taking anything */
+#define DRAIN_S        0.02 /* less than the uplink sends in this time is not worth counting */
+#define DRAIN_NS_MAX   1000000000ll /* who takes longer is not here any more, or reads slowly */
 #define PROBE_NS       1000000000ll
 #define PROBE_NS_MAX   30000000000ll
 #define PUBLISH_NS     20000000ll
+#define CAP_NS         50000000ll
+#define CAP_SHARES     1.2 /* a holder may send so many equal shares of the uplink, */
+#define CAP_RISING     1.5 /* and so many after a window that showed RISES times the rate that was known */
+#define RISES          1.05
+#define CAPPED_BPS_MAX 125e6 /* a faster uplink's queue is short, and pacing costs CPU there */
 #define UNSENT_MAX     65536 /* what the kernel may hold unsent for a peer elsewhere: waiting is to be seen by us */
 
 /* ---- what waits ---- */
@@ -64,25 +74,65 @@ static uint64_t counted(uint64_t bytes, float took)
     return took > 0 && most < (double)bytes ? (uint64_t)most : bytes;
 }
 
-static uint64_t waiting_bytes(const fcas_engine *e)
+/* Bytes of c that the kernel has: a thin uplink's queue is there, not here. */
+static uint32_t in_kernel(const fcas_conn *c)
 {
-    uint64_t sum = e->queue_bytes;
+    int n = 0;
+    return !c->local && ioctl(c->fd, SIOCOUTQ, &n) == 0 && n > 0 ? (uint32_t)n : 0;
+}
+
+static void end_drain(fcas_engine *e, fcas_conn *c)
+{
+    if (!c->draining)
+        return;
+    fcas_conn *last = e->drains[--e->n_drains];
+    e->drains[c->draining - 1] = last;
+    last->draining = c->draining;
+    c->draining = 0;
+}
+
+/* What c wrote in the turn that is over goes on waiting for the uplink until the kernel has sent it: 100 KB on a thin
+ * one, a tenth of a second of it. */
+static void begin_drain(fcas_engine *e, fcas_conn *c)
+{
+    double rate = e->uplink > 0 ? e->uplink : GUESS_BPS;
+    if (c->draining || e->n_drains == FCAS_SLOTS_MAX || (double)in_kernel(c) < DRAIN_S * rate)
+        return;
+    c->turn_ns = e->now_ns;
+    e->drains[e->n_drains++] = c;
+    c->draining = (uint8_t)e->n_drains;
+}
+
+static uint64_t draining_bytes(fcas_engine *e)
+{
+    uint64_t sum = 0;
+    for (uint32_t i = e->n_drains; i-- > 0;) {
+        uint32_t left = in_kernel(e->drains[i]);
+        if (left && e->now_ns - e->drains[i]->turn_ns < DRAIN_NS_MAX)
+            sum += counted(left, e->drains[i]->took);
+        else
+            end_drain(e, e->drains[i]);
+    }
+    return sum;
+}
+
+static uint64_t waiting_bytes(fcas_engine *e)
+{
+    uint64_t sum = e->queue_bytes + draining_bytes(e);
     for (uint32_t i = 0; i < e->n_holders; i++) {
         const fcas_conn *c = e->holders[i];
         uint64_t         left = c->state == CONN_SENDING ? c->body_left + (c->mem_len - c->mem_at) : c->asked;
-        int              in_kernel = 0;
-        if (!c->local && ioctl(c->fd, SIOCOUTQ, &in_kernel) == 0 && in_kernel > 0)
-            left += (uint32_t)in_kernel; /* a thin uplink's queue is there, not here */
+        left += in_kernel(c);
         sum += counted(left, fcas_slot_unwritable(e, c) ? taking(e, c) : c->took);
     }
     return sum;
 }
 
 /* Whether more waits than the uplink sends in WAIT_S. */
-static int is_busy(const fcas_engine *e, int local)
+static int is_busy(fcas_engine *e, int local)
 {
     double rate = e->uplink > 0 || local ? e->uplink : GUESS_BPS;
-    return rate > 0 && e->n_holders && (double)waiting_bytes(e) > WAIT_S * rate;
+    return rate > 0 && (e->n_holders || e->n_drains) && (double)waiting_bytes(e) > WAIT_S * rate;
 }
 
 /* At least as long as the uplink needs for two such requests: letting them in must not lengthen the queue. */
@@ -121,10 +171,31 @@ static void enter_queue(fcas_engine *e, fcas_conn *c)
     fcas_engine_count(e, FCAS_CTR_PEER_QUEUED, 1);
 }
 
+/* ---- caps ---- */
+
+/* The kernel's model of a path may be wrong by orders of magnitude (BBR took 28 Gbit/s for the bottleneck of 100 Mbit/s
+ * whose bucket was full when it looked): a flow with such a model has all its chunk in the queue before the uplink, and
+ * the others starve behind it for seconds (docs/DECISIONS.md 41). A little more than equal shares are allowed, so that
+ * the rate that is measured can rise, and half as much again once it does: a rate too low doubles in a second. */
+static void set_cap(const fcas_engine *e, fcas_conn *c)
+{
+    int    is_capped = e->uplink > 0 && e->uplink <= CAPPED_BPS_MAX && !e->config.bucket && !c->local;
+    double rate = (e->rising ? CAP_RISING : CAP_SHARES) * e->uplink / (double)(e->n_holders + e->n_drains);
+    double near = is_capped ? rate / 16 : 1;
+    if (!is_capped)
+        rate = 0;
+    if (rate - c->cap < near && c->cap - rate < near)
+        return;
+    uint32_t cap = is_capped ? (uint32_t)rate : UINT32_MAX;
+    if (setsockopt(c->fd, SOL_SOCKET, SO_MAX_PACING_RATE, &cap, sizeof cap) == 0)
+        c->cap = (uint32_t)rate;
+}
+
 /* ---- slots ---- */
 
 static void hold(fcas_engine *e, fcas_conn *c)
 {
+    end_drain(e, c);
     if (e->n_holders == 0) {
         e->window_ns = e->now_ns + FILL_NS;
         e->window_bytes = 0;
@@ -135,6 +206,7 @@ static void hold(fcas_engine *e, fcas_conn *c)
     c->turn_sent = c->sent;
     c->blocked_ns = 0;
     c->slow = 0;
+    set_cap(e, c);
 }
 
 static void start_next(fcas_engine *e)
@@ -158,6 +230,7 @@ void fcas_slot_release(fcas_engine *e, fcas_conn *c)
     e->holders[c->slot - 1] = last;
     last->slot = c->slot;
     c->slot = 0;
+    begin_drain(e, c);
     start_next(e);
     if (!e->n_holders && e->config.counters)
         fcas_slots_publish(e, e->config.counters);
@@ -169,6 +242,7 @@ void fcas_slot_leave(fcas_engine *e, fcas_conn *c)
         leave_queue(e, c);
     else
         fcas_slot_release(e, c);
+    end_drain(e, c);
 }
 
 int fcas_slot_admit(fcas_engine *e, fcas_conn *c, uint32_t bytes, int may_refuse)
@@ -206,6 +280,7 @@ static void measure(fcas_engine *e)
     if (e->now_ns - e->window_ns < WINDOW_NS)
         return;
     double   rate = (double)(sent - e->window_bytes) * 1e9 / (double)(e->now_ns - e->window_ns);
+    e->rising = rate > RISES * e->uplink;
     e->uplink = rate > e->uplink * UPLINK_KEPT ? rate : e->uplink * UPLINK_KEPT;
     if (e->config.bucket && e->uplink > (double)e->config.bucket->rate)
         e->uplink = (double)e->config.bucket->rate;
@@ -217,6 +292,11 @@ void fcas_slots_run(fcas_engine *e)
 {
     int64_t first_ns = 0;
     measure(e);
+    if (e->now_ns - e->capped_ns >= CAP_NS) {
+        e->capped_ns = e->now_ns;
+        for (uint32_t i = 0; i < e->n_holders; i++)
+            set_cap(e, e->holders[i]);
+    }
     if (e->config.counters && e->now_ns - e->published_ns >= PUBLISH_NS)
         fcas_slots_publish(e, e->config.counters);
     if (!e->queue_head)
@@ -241,6 +321,6 @@ void fcas_slots_run(fcas_engine *e)
 void fcas_slots_publish(fcas_engine *e, fcas_counter_slot *slot)
 {
     e->published_ns = e->now_ns;
-    fcas_gauge(slot, FCAS_CTR_QUEUE_BYTES, e->n_holders ? waiting_bytes(e) : 0);
+    fcas_gauge(slot, FCAS_CTR_QUEUE_BYTES, e->n_holders || e->n_drains ? waiting_bytes(e) : 0);
     fcas_gauge(slot, FCAS_CTR_UPLINK_RATE, (uint64_t)e->uplink);
 }

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 
-from fastcas.limits import PEER_REPORT_S, SWARM_PEERS_MAX, SWARM_POLL_S
+from fastcas.limits import PEER_REPORT_S, SWARM_PEERS_MAX, SWARM_POLL_MAX_S, SWARM_POLL_MIN_S
 from fastcas.serve.query import BadQuery, Caller, SwarmQuery, parse_swarm_query, parse_target
 from fastcas.serve.takers import Takers
 
@@ -40,6 +40,7 @@ _HASH_BATCH = 4096  # chunk hashes per read of a manifest
 _COMPLETE_TTL_S = 1.0  # a complete file's bitfield is computed at most this often
 _CALLERS_MAX = 4096
 _PEERS_NEWS_S = 5.0  # so long after the list changed, answers with `since` hold it, too
+_NEWS_SHARE = 0.1  # of the time since the last news that news may wait to be seen
 _NEW_BYTES = 3  # what one entry of `new` takes, about; a bitfield is sent instead where that is shorter
 
 
@@ -109,6 +110,7 @@ class SwarmService:
         self._peers_changed: dict[bytes, float] = {}
         self._waiting: dict[int, _Waiting] = {}
         self._poll: asyncio.TimerHandle | None = None
+        self._news_at = -math.inf  # when somebody was last told something new
         self._takers = Takers(board, clock) if board is not None else None
         self._claims: dict[int, _Claim] = {}
         self._callers: dict[tuple[str, int, bytes], float] = {}
@@ -174,6 +176,8 @@ class SwarmService:
         elif query.wait_ms and not self._closed and not self._has_news(file_hash, query):
             self._wait(parked.handle, file_hash, query)
         else:
+            if query.since is not None:
+                self._news_at = self._clock()
             self._respond(parked.handle, file_hash, query)
 
     def sent(self, handle: int, ok: bool) -> None:
@@ -351,7 +355,12 @@ class SwarmService:
         timer = self._loop.call_later(query.wait_ms / 1000, self._finish, handle)
         self._waiting[handle] = _Waiting(handle, file_hash, query, timer)
         if self._poll is None:
-            self._poll = self._loop.call_later(SWARM_POLL_S, self._poll_news)
+            self._poll = self._loop.call_later(self._pause_s(), self._poll_news)
+
+    def _pause_s(self) -> float:
+        """Until the next look: short where chunks come fast, so that news travels faster than chunks do."""
+        since_s = self._clock() - self._news_at
+        return min(SWARM_POLL_MAX_S, max(SWARM_POLL_MIN_S, _NEWS_SHARE * since_s))
 
     def _finish(self, handle: int) -> None:
         waiting = self._waiting.pop(handle, None)
@@ -363,7 +372,7 @@ class SwarmService:
         self._poll = None
         self._look()
         if self._waiting:
-            self._poll = self._loop.call_later(SWARM_POLL_S, self._poll_news)
+            self._poll = self._loop.call_later(self._pause_s(), self._poll_news)
 
     def _look(self) -> None:
         """Answer the long polls that have news. Cost: one look per (file, manifest) that somebody waits for."""
@@ -374,6 +383,7 @@ class SwarmService:
             if key not in generations and manifest_hash is not None:
                 generations[key] = self._generation(waiting.file_hash, manifest_hash)
             if generations.get(key) != waiting.query.since:
+                self._news_at = self._clock()
                 self._finish(waiting.handle)
 
     # --- NEXT ---

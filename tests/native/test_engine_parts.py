@@ -1,4 +1,4 @@
-"""Parts of the engine in C under ASan and UBSan: sources of connections and their cap; progress checks."""
+"""Parts of the engine in C under ASan and UBSan: sources of connections and their cap; progress checks; slots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("name", ["engine_source", "engine_clock"])
+@pytest.mark.parametrize("name", ["engine_source", "engine_clock", "engine_slots"])
 def test_part_of_the_engine(tmp_path: Path, name: str) -> None:
     program = tmp_path / name
     flags = ["-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

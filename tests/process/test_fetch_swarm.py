@@ -119,6 +119,7 @@ def test_leecher_serves_its_first_chunks_while_it_downloads(tmp_path: Path) -> N
 
 
 def test_news_of_a_chunk_reaches_who_waits_for_it(tmp_path: Path) -> None:
+    """How soon depends on how fast chunks come; on a clock of its own: tests/unit/test_serve_swarm_news.py."""
     n = 40
     with rig(tmp_path) as made:
         manifest = manifest_of(content(n * 16384), 16384)
