@@ -49,14 +49,17 @@ class Publisher:
 
     # ---- StoreListener ----
 
+    def on_load(self, n: int) -> None:
+        """Make room for n entries."""
+        with self._lock:
+            self._table.reserve(n)
+
     def on_blob(
         self, number: int, path: bytes, device: int, inode: int, size: int, mtime_ns: int, linked: bool
     ) -> None:
         """Name a blob of the store to the workers."""
         with self._lock:
-            self._table.put_blob(
-                number, path, device=device, inode=inode, size=size, mtime_ns=mtime_ns, linked=linked
-            )
+            self._table.put_blob(number, path, device=device, inode=inode, size=size, mtime_ns=mtime_ns, linked=linked)
 
     def on_chunks(self, blob: int, keys: bytes, offsets: array[int], lengths: array[int]) -> None:
         """Make chunks of a blob servable."""
@@ -193,9 +196,7 @@ class Publisher:
 
     def _has_passed(self, slot: int, epoch: int, number: int) -> bool:
         # A table that was replaced meanwhile has a higher number and contains the removals, too.
-        return (
-            self._counters.get(slot, "epoch_table") >= number and self._counters.get(slot, "epoch_safe") >= epoch
-        )
+        return self._counters.get(slot, "epoch_table") >= number and self._counters.get(slot, "epoch_safe") >= epoch
 
     def close(self) -> None:
         """Unmap the table; workers keep theirs."""

@@ -128,6 +128,8 @@ class BlobWriter:
         self._catalog_id = catalog_id
         self._fd = -1
         self._temp = ""
+        random_name = secrets.token_hex(16)
+        self.name = f"{BLOB_DIR}/{random_name[:2]}/{random_name}.blob"
         self._reserved = 0
         self._unflushed = 0
         self._is_broken = False
@@ -262,28 +264,26 @@ class BlobWriter:
             self._reserved = end
 
     def publish(self) -> str | None:
-        """Write the index, make the blob durable under a new name; returns it, or None without chunks.
+        """Write the index, make the blob durable under its `name`; returns it, or None without chunks.
 
         On any error the file is gone.
         """
         if not self.offsets:
             self.discard()
             return None
-        random_name = secrets.token_hex(16)
-        name = f"{BLOB_DIR}/{random_name[:2]}/{random_name}.blob"
         try:
             index = encode_index(self.size, self._catalog_id, self.keys, self.offsets, self.lengths)
             with os_errors(self._folder.path(self._temp), "writing the index"):
                 write_all(self._fd, index, self.size)
                 os.ftruncate(self._fd, self.size + len(index))
-            self._folder.publish(self._fd, self._temp, name, 0o400)
+            self._folder.publish(self._fd, self._temp, self.name, 0o400)
         except BaseException:
             self.discard()
             raise
         self._close_direct()
         os.close(self._fd)
         self._fd = -1
-        return name
+        return self.name
 
     def discard(self) -> None:
         """Remove what is there. Idempotent; does nothing after `publish`."""

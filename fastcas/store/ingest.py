@@ -9,7 +9,8 @@ not written again, nor is one that came earlier in the same ingest; `in place` w
 encoded from the same buffers and is always owned. Where the file system can share blocks between files, a large file
 without parity is cloned into the blob first and read from there: what is hashed is what is kept.
 Publish order (architecture §7): blob (temp, write, fsync, rename, fsync folder), manifests likewise, catalog
-commit, listener. Until the commit nothing refers to what was written, and an error takes it away again.
+commit, listener. Until the commit nothing refers to what was written, and an error takes it away again. The catalog's
+rows are inserted while a thread makes the files durable; only the commit waits for it.
 Memory: three buffers (fewer for a file that needs fewer). With parity each is one stripe, 3 * (k + m) * chunk size in
 all; without, 4 MiB or one larger chunk. Cut by content: 8 MiB and the longest chunk, of which what has no end yet is
 carried over to the next buffer.
@@ -410,30 +411,34 @@ class Ingest:
             if row is None or not core.folder.exists(manifest_name(row.hash)):
                 fresh[manifest.manifest_hash] = manifest
         try:
-            blob_name = self._blob.publish()
-            if blob_name is not None:
-                made.append(blob_name)
-            made += core.write_manifests(fresh.values())
-            with catalog.transaction():
-                news = self._insert(entries, blob_name, now, set(fresh))
+            with catalog.transaction(), ThreadPoolExecutor(1, "fastcas-publish") as pool:
+                written = pool.submit(self._write, list(fresh.values()), made)
+                news = self._insert(entries, now, set(fresh))
+                written.result()
         except BaseException:
             for name in made:
                 core.folder.discard(name)
             raise
-        core.say_news(news)
-        for manifest_hash in fresh:
-            if (row := catalog.manifest(manifest_hash)) is not None:
-                core.say_manifest(row)
         if core.listener is not None:
+            core.say_news(news)
+            for manifest_hash in fresh:
+                if (row := catalog.manifest(manifest_hash)) is not None:
+                    core.say_manifest(row)
             for entry in entries:
                 core.listener.on_file(entry.staged.manifest.file_hash, entry.staged.manifest.manifest_hash)
 
-    def _insert(self, entries: Sequence[Entry], blob_name: str | None, now: int, written: set[bytes]) -> list[News]:
-        core, catalog = self._core, self._core.catalog
-        news: list[News] = []
+    def _write(self, manifests: Sequence[Manifest], made: list[str]) -> None:
+        """Make blob and manifests durable; their names are appended to `made` as they become visible."""
+        blob_name = self._blob.publish()
         if blob_name is not None:
-            writer = self._blob
-            path = os.fsencode(blob_name)
+            made.append(blob_name)
+        made += self._core.write_manifests(manifests)
+
+    def _insert(self, entries: Sequence[Entry], now: int, written: set[bytes]) -> list[News]:
+        core, catalog, writer = self._core, self._core.catalog, self._blob
+        news: list[News] = []
+        if writer.offsets:
+            path = os.fsencode(writer.name)
             number = catalog.add_blob(OWNED, path, Identity(0, 0, writer.size, 0))
             catalog.add_extents(number, writer.keys, writer.offsets, writer.lengths)
             rows = [
@@ -459,15 +464,15 @@ def insert_linked(core: Core, path: bytes, identity: Identity, manifest: Manifes
     """Insert a user's file as a linked blob with all data chunks; inside a transaction.
 
     Returns:
-        The blob if it is new, and the chunks that lay nowhere before. The path must not belong to a blob of
-        another identity (`linked.make_way` first).
+        The blob if it is new, and for a listener the chunks that lay nowhere before. The path must not belong to a
+        blob of another identity (`linked.make_way` first).
     """
     catalog = core.catalog
     n = manifest.n_chunks
     keys = [manifest.hashes[32 * i : 32 * i + 32] for i in range(n)]
     lengths = array("I", map(manifest.length_of, range(n)))
     offsets = array("Q", map(manifest.offset_of, range(n)))
-    known = catalog.present(keys)
+    known = catalog.present(keys) if core.listener is not None else set(keys)
     old = catalog.blob_at(path)
     if old is None:
         number = catalog.add_blob(LINKED, path, identity, manifest.manifest_hash)

@@ -45,8 +45,12 @@ def load(core: Core, listener: StoreListener) -> None:
         if core.stat_of(blob) is None:
             withdraw(core, blob, "changed or gone")
     twice: set[bytes] = set()
-    if catalog.value("SELECT count(*) FROM extents") != catalog.value("SELECT count(DISTINCT hash) FROM extents"):
+    n_distinct = catalog.value("SELECT count(DISTINCT hash) FROM extents")
+    if catalog.value("SELECT count(*) FROM extents") != n_distinct:
         twice.update(row[0] for row in catalog.query("SELECT hash FROM extents GROUP BY hash HAVING count(*) > 1"))
+    listener.on_load(
+        n_distinct + catalog.value("SELECT (SELECT count(*) FROM manifests) + (SELECT count(*) FROM files)")
+    )
     told: set[bytes] = set()
     unfit: list[int] = []
     before, core.listener = core.listener, listener

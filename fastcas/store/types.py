@@ -239,6 +239,9 @@ class RebuildReport:
 class StoreListener(Protocol):
     """Follows what is live. Called in the store's thread, after the commit; must not call the store back."""
 
+    def on_load(self, n: int) -> None:
+        """About n chunks, manifests and files in all are reported next."""
+
     def on_blob(
         self, number: int, path: bytes, device: int, inode: int, size: int, mtime_ns: int, linked: bool
     ) -> None:

@@ -38,6 +38,11 @@ class Mirror:
         self.manifests: dict[bytes, tuple[int, int, int]] = {}
         self.files: dict[bytes, bytes] = {}
         self.n_calls = 0
+        self.expected = 0
+
+    def on_load(self, n: int) -> None:
+        assert not self.ever, "too late to make room"
+        self.expected = n
 
     def on_blob(
         self, number: int, path: bytes, device: int, inode: int, size: int, mtime_ns: int, linked: bool
@@ -113,6 +118,7 @@ def check_replay(store: Store, mirror: Mirror) -> None:
     """A replay says the same as what was said step by step."""
     fresh = Mirror()
     store.load(fresh)
+    assert fresh.expected >= len(fresh.chunks) + len(fresh.manifests) + len(fresh.files)
     assert fresh.chunks.keys() == mirror.chunks.keys()
     assert fresh.manifests.keys() == mirror.manifests.keys()
     assert fresh.files == mirror.files

@@ -361,6 +361,15 @@ def test_lost_blob_does_not_satisfy_a_new_store(store: Store, tmp_path: Path) ->
     assert len(mirror.files) == 1
 
 
+def test_a_replay_begins_with_how_much_follows(store: Store, tmp_path: Path) -> None:
+    data = data_of(100_000)
+    store.store_file(write(tmp_path / "owned", data))
+    store.store_file(write(tmp_path / "linked", data + data_of(50_000, 2)), in_place=True)  # shares chunks
+    mirror = Mirror()
+    store.load(mirror)
+    assert mirror.expected == len(mirror.chunks) + len(mirror.manifests) + len(mirror.files) > 0
+
+
 def test_lost_manifest_is_written_again(store: Store, tmp_path: Path) -> None:
     mirror = followed(store)
     path = write(tmp_path / "f", data_of(100_000))
