@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from fastcas.errors import FastCASError
 from fastcas.fetch._receiver import Job
+from fastcas.fetch.alarm import Alarm
 from fastcas.fetch.crowd import Crowd
 from fastcas.fetch.download import LocalChunks, Progress, Settings
 from fastcas.fetch.explain import Meter
@@ -106,7 +107,7 @@ class Filling:
         self._unlisted: list[tuple[int, bool]] = []
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._local_work: asyncio.Task[None] | None = None
-        self._wake: asyncio.TimerHandle | None = None
+        self._alarm = Alarm(self._pump)
         self._patience = Patience(settings.stall_timeout_s, time.monotonic(), self._received())
         self._unheld_since: float | None = None
         self._is_paced = False  # the limit of the rate held something back
@@ -129,8 +130,7 @@ class Filling:
             self._meter.switch("disk", time.monotonic())
             self._meter.threads(self._receiver.core.times())
             self._receiver.on_batch = crowd.on_have = crowd.on_ban = None
-            if self._wake is not None:
-                self._wake.cancel()
+            self._alarm.cancel()
             if not self._ended.done():
                 self._ended.cancel()
             await self._tasks.close()
@@ -183,12 +183,9 @@ class Filling:
         if cause == "max_download" and self._pace is not None:
             free_at = now + self._pace.wait_s(manifest.chunk_size)
             at = free_at if at is None else min(at, free_at)
-            if self._wake is not None:  # for something later
-                self._wake.cancel()
-                self._wake = None
         self._meter.switch(cause, now, n_unheld)
-        if self._wake is None and at is not None:
-            self._wake = asyncio.get_running_loop().call_later(max(0.001, at - now), self._woken)
+        if at is not None:
+            self._alarm.set(at, now)
 
     def _decide(self, now: float) -> list[Ask]:
         """What to ask for, within what the limit of the rate allows."""
@@ -233,10 +230,6 @@ class Filling:
     def look_again(self) -> None:
         """What `chain` allows has changed."""
         self._scheduler.allowed = self.chain.allowed()
-        self._pump()
-
-    def _woken(self) -> None:
-        self._wake = None
         self._pump()
 
     def _answer_to(self, remote: Remote, ask: Ask) -> Callable[[Answer], None]:
