@@ -256,7 +256,9 @@ def test_wrong_bytes_of_a_folder_are_not_taken(tmp_path: Path) -> None:
     async def work() -> None:
         async with lib, OriginServer(BIG, "wrong_bytes", target="/a/big.bin") as server:
             with pytest.raises(ChunkNotFound, match="wrong bytes"):
-                await download(lib.link(), tmp_path / "out", discovery=None, origins=[server.folder])
+                await download(
+                    lib.link(), tmp_path / "out", discovery=None, origins=[server.folder], stall_timeout_s=2.0
+                )
 
     run(work)
     assert not (tmp_path / "out").exists()
