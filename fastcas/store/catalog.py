@@ -116,6 +116,10 @@ def _unsigned(number: int) -> int:
     return number % (1 << 64)
 
 
+def _marks(values: Sequence[object]) -> str:
+    return ",".join("?" * len(values))
+
+
 def _blob_row(row: tuple[int, int, bytes, int, int, int, int, bytes | None]) -> BlobRow:
     number, kind, path, device, inode, size, mtime_ns, manifest = row
     return BlobRow(number, kind, path, Identity(_unsigned(device), _unsigned(inode), size, mtime_ns), manifest)
@@ -288,13 +292,18 @@ class Catalog:
         rows = self.query(f"SELECT {_BLOB_COLUMNS} FROM blobs WHERE path=?", (path,))
         return _blob_row(rows[0]) if rows else None
 
+    def taken(self, paths: Sequence[bytes]) -> set[bytes]:
+        """Return which of the paths belong to blobs."""
+        found: set[bytes] = set()
+        for at in range(0, len(paths), BATCH):
+            part = paths[at : at + BATCH]
+            found.update(row[0] for row in self.query(f"SELECT path FROM blobs WHERE path IN ({_marks(part)})", part))
+        return found
+
     def blobs(self, *kinds: int) -> list[BlobRow]:
         """Return all blobs of these kinds, by number."""
-        marks = ",".join("?" * len(kinds))
-        return [
-            _blob_row(row)
-            for row in self.query(f"SELECT {_BLOB_COLUMNS} FROM blobs WHERE kind IN ({marks}) ORDER BY number", kinds)
-        ]
+        rows = self.query(f"SELECT {_BLOB_COLUMNS} FROM blobs WHERE kind IN ({_marks(kinds)}) ORDER BY number", kinds)
+        return [_blob_row(row) for row in rows]
 
     def has_extents(self, blob: int) -> bool:
         """Whether any chunk lies in the blob."""
@@ -327,7 +336,7 @@ class Catalog:
             found.update(
                 self.query(
                     "SELECT e.hash, e.blob FROM extents e JOIN blobs b ON b.number=e.blob"
-                    f" WHERE b.kind=0 AND e.hash IN ({','.join('?' * len(part))})",
+                    f" WHERE b.kind=0 AND e.hash IN ({_marks(part)})",
                     part,
                 )
             )
@@ -338,7 +347,7 @@ class Catalog:
         found: set[bytes] = set()
         for at in range(0, len(keys), BATCH):
             part = keys[at : at + BATCH]
-            rows = self.query(f"SELECT hash FROM extents WHERE hash IN ({','.join('?' * len(part))})", part)
+            rows = self.query(f"SELECT hash FROM extents WHERE hash IN ({_marks(part)})", part)
             found.update(row[0] for row in rows)
         return found
 

@@ -187,12 +187,6 @@ class Core:
         self.folder.write_file(MANIFEST_DIR, name, manifest.data, 0o400)
         return name
 
-    def write_manifests(self, manifests: Iterable[Manifest]) -> list[str]:
-        """Write the bytes of many manifests durably, all or none; returns their names below the root."""
-        files = {manifest_name(manifest.manifest_hash): manifest.data for manifest in manifests}
-        self.folder.write_files(MANIFEST_DIR, files, 0o400)
-        return list(files)
-
     def insert_manifest(self, manifest: Manifest, *, complete: bool, written: bool) -> ManifestRow:
         """Insert the rows of a manifest; inside a transaction.
 
@@ -204,7 +198,7 @@ class Core:
         length = len(manifest.data)
         if written:
             self.catalog.execute("DELETE FROM blobs WHERE path=?", (path,))
-        blob = self.catalog.blob_at(path)
+        blob = None if written else self.catalog.blob_at(path)
         number = blob.number if blob else self.catalog.add_blob(MANIFEST, path, Identity(0, 0, length, 0))
         row = ManifestRow(
             manifest.manifest_hash, manifest.file_hash, number, length, manifest.chunk_size, manifest.n_chunks,

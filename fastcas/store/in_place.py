@@ -9,11 +9,13 @@ core's own cache holds.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 
 from fastcas.errors import Interrupted
@@ -72,12 +74,16 @@ def hash_in_place(
 
 def _next(waiting: deque[Future[list[Staged]]], work: _Work, progress: Callable[[int], None] | None) -> list[Staged]:
     future = waiting.popleft()
-    while progress is not None and not wait([future], POLL_S).done:
-        progress(work.done)
-    staged = future.result()
-    if progress is not None:
-        progress(work.done)
-    return staged
+    while True:
+        staged: list[Staged] | None
+        try:
+            staged = future.result(None if progress is None else POLL_S)
+        except FutureTimeoutError:
+            staged = future.result() if future.done() else None
+        if progress is not None:
+            progress(work.done)
+        if staged is not None:
+            return staged
 
 
 def _groups(jobs: Sequence[Job], units: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -109,7 +115,7 @@ class _Work:
         """Hash one group in the thread that calls."""
         buffer = getattr(self._local, "buffer", None)
         if buffer is None:
-            buffer = self._local.buffer = memoryview(bytearray(self._buffer_size))
+            buffer = self._local.buffer = memoryview(mmap.mmap(-1, self._buffer_size))  # no page before it is used
         if len(jobs) == 1:
             return [self._one(jobs[0], units[0], buffer)]
         return self._together(jobs, units, buffer)

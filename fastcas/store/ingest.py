@@ -46,6 +46,8 @@ from fastcas.store.blobs import BlobWriter
 from fastcas.store.catalog import LINKED, OWNED, BlobRow
 from fastcas.store.content_cuts import ContentCuts
 from fastcas.store.core import Core, News, manifest_name
+from fastcas.store.file_batch import FileBatch
+from fastcas.store.paths import MANIFEST_DIR
 from fastcas.store.sources import FileSource, Source
 from fastcas.store.types import Identity, Progress, StoredFile
 
@@ -237,6 +239,7 @@ class Ingest:
     def __init__(self, core: Core, budget: int | None = None) -> None:
         self._core = core
         self._blob = BlobWriter(core.folder, core.catalog.catalog_id, budget, sends_soon=core.listener is not None)
+        self._manifests = FileBatch(core.folder, MANIFEST_DIR, 0o400)
         self._may_clone = True
         self._has_owned = bool(core.catalog.value("SELECT EXISTS(SELECT 1 FROM blobs WHERE kind=0)"))
 
@@ -245,6 +248,7 @@ class Ingest:
 
     def __exit__(self, *exc: object) -> None:
         self._blob.discard()
+        self._manifests.discard()
 
     def add(
         self,
@@ -394,6 +398,17 @@ class Ingest:
                 del fresh[key]
         return fresh
 
+    def keep(self, manifest: Manifest) -> bool:
+        """Write a manifest that the store lacks, so that `publish` only has to name it; returns whether it lacks it."""
+        name = manifest_name(manifest.manifest_hash)
+        if name in self._manifests:
+            return True
+        row = self._core.catalog.manifest(manifest.manifest_hash)
+        if row is not None and self._core.folder.exists(name):
+            return False
+        self._manifests.add(name, manifest.data)
+        return True
+
     def publish(self, entries: Sequence[Entry]) -> None:
         """Make everything durable and visible together; sets `already_stored` of each entry.
 
@@ -403,16 +418,16 @@ class Ingest:
         core, catalog = self._core, self._core.catalog
         made: list[str] = []
         now = int(time.time())
-        fresh = {}
+        fresh: dict[bytes, None] = {}
         for entry in entries:
             manifest = entry.staged.manifest
             row = catalog.manifest(manifest.manifest_hash)
             entry.already_stored = bool(row and row.complete) and entry.staged.new_bytes == 0
-            if row is None or not core.folder.exists(manifest_name(row.hash)):
-                fresh[manifest.manifest_hash] = manifest
+            if self.keep(manifest):
+                fresh[manifest.manifest_hash] = None
         try:
             with catalog.transaction(), ThreadPoolExecutor(1, "fastcas-publish") as pool:
-                written = pool.submit(self._write, list(fresh.values()), made)
+                written = pool.submit(self._write, made)
                 news = self._insert(entries, now, set(fresh))
                 written.result()
         except BaseException:
@@ -427,12 +442,12 @@ class Ingest:
             for entry in entries:
                 core.listener.on_file(entry.staged.manifest.file_hash, entry.staged.manifest.manifest_hash)
 
-    def _write(self, manifests: Sequence[Manifest], made: list[str]) -> None:
+    def _write(self, made: list[str]) -> None:
         """Make blob and manifests durable; their names are appended to `made` as they become visible."""
         blob_name = self._blob.publish()
         if blob_name is not None:
             made.append(blob_name)
-        made += self._core.write_manifests(manifests)
+        made += self._manifests.publish()
 
     def _insert(self, entries: Sequence[Entry], now: int, written: set[bytes]) -> list[News]:
         core, catalog, writer = self._core, self._core.catalog, self._blob
@@ -454,9 +469,10 @@ class Ingest:
             row = core.insert_manifest(staged.manifest, complete=True, written=manifest_hash in written)
             written.discard(manifest_hash)
             catalog.put_file(row.file_hash, row.hash, staged.manifest.size, now, entry.is_collection, entry.name)
-            catalog.many(
-                "INSERT OR IGNORE INTO members VALUES(?,?)", [(row.file_hash, member) for member in entry.members]
-            )
+            if entry.members:
+                catalog.many(
+                    "INSERT OR IGNORE INTO members VALUES(?,?)", [(row.file_hash, member) for member in entry.members]
+                )
         return news
 
 

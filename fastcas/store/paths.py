@@ -24,7 +24,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Set
 from functools import cache
 from pathlib import Path
 
@@ -42,6 +42,7 @@ __all__ = [
     "punch_hole",
     "root_of",
     "shown",
+    "syncfs_tells_errors",
     "translate",
     "write_all",
 ]
@@ -53,7 +54,6 @@ OLD_CATALOG = f"{QUARANTINE_DIR}/catalog-"  # what `rebuild` replaced
 TEMP_PREFIX = ".tmp-"
 RESERVE = "reserve"
 RESERVE_B = 1 << 20  # the catalog's log of a removal and a gc
-TOGETHER_MIN = 16  # files from which on one flush of the file system costs less than two for each
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
 _FALLOC_KEEP_SIZE = 0x01
 _HELD_STEP = 64 << 20  # bytes looked at at once
@@ -120,7 +120,7 @@ def _libc() -> ctypes.CDLL:
 
 
 @cache
-def _syncfs_tells_errors() -> bool:
+def syncfs_tells_errors() -> bool:
     """Whether this kernel's `syncfs` returns the errors of writing back: Linux 5.8 and later."""
     found = re.match(r"(\d+)\.(\d+)", os.uname().release)
     return found is not None and (int(found[1]), int(found[2])) >= (5, 8)
@@ -229,11 +229,21 @@ class Folder:
             self._fsync_dir(os.path.dirname(name) or ".")
         self._made.add(name)
 
-    def create_temp(self, tree: str) -> tuple[int, str]:
+    @contextlib.contextmanager
+    def made_together(self, names: Set[str]) -> Iterator[None]:
+        """Make folders (mode 0700) that are missing; the block makes their names durable."""
+        missing = names - self._made
+        for name in missing:
+            with os_errors(self.path(name), "making a folder"), contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=self.fd)
+        yield
+        self._made |= missing
+
+    def create_temp(self, tree: str, mode: int = 0o600) -> tuple[int, str]:
         """Create a temporary file at the top of a tree; returns (descriptor open for reading and writing, name)."""
         name = f"{tree}/{TEMP_PREFIX}{secrets.token_hex(8)}"
         with os_errors(self.path(name), "creating it"):
-            return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN, 0o600, dir_fd=self.fd), name
+            return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN, mode, dir_fd=self.fd), name
 
     def publish(self, fd: int, temp: str, name: str, mode: int) -> None:
         """Make a written temporary file durable under its final name. On any error both names are removed.
@@ -271,53 +281,7 @@ class Folder:
         finally:
             os.close(fd)
 
-    def write_files(self, tree: str, files: Mapping[str, bytes], mode: int) -> None:
-        """Create many whole small files durably, all or none: two flushes of the file system for all of them.
-
-        Few files, or a kernel whose `syncfs` tells no error: each by itself, as `write_file`.
-        """
-        if len(files) < TOGETHER_MIN or not _syncfs_tells_errors():
-            self._write_each(tree, files, mode)
-            return
-        made: list[str] = []
-        try:
-            for data in files.values():
-                fd, temp = self.create_temp(tree)
-                made.append(temp)
-                try:
-                    with os_errors(self.path(temp), "writing it"):
-                        write_all(fd, data, 0)
-                        os.fchmod(fd, mode)
-                finally:
-                    os.close(fd)
-            self._sync()
-            folders = {os.path.dirname(name) or "." for name in files} - self._made
-            for folder in folders:
-                with os_errors(self.path(folder), "making a folder"), contextlib.suppress(FileExistsError):
-                    os.mkdir(folder, 0o700, dir_fd=self.fd)
-            for i, name in enumerate(files):
-                with os_errors(self.path(name), "renaming it"):
-                    os.rename(made[i], name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-                made[i] = name
-            self._sync()
-            self._made |= folders
-        except BaseException:
-            for name in made:
-                self.discard(name)
-            raise
-
-    def _write_each(self, tree: str, files: Mapping[str, bytes], mode: int) -> None:
-        made: list[str] = []
-        try:
-            for name, data in files.items():
-                self.write_file(tree, name, data, mode)
-                made.append(name)
-        except BaseException:
-            for name in made:
-                self.discard(name)
-            raise
-
-    def _sync(self) -> None:
+    def sync(self) -> None:
         """Make everything durable that was written to the folder's file system."""
         with os_errors(self.root, "making it durable"):
             if _libc().syncfs(self.fd) != 0:

@@ -230,10 +230,13 @@ def _ingest(
         else:
             read = one_by_one()
         stack.callback(read.close)
+        paths = [os.fsencode(os.path.join(root, leaf.path)) for leaf in large] if in_place else []
+        taken = core.catalog.taken(paths)
         for leaf, staged in zip(large, read, strict=True):
-            if in_place:
-                make_way(core, os.fsencode(os.path.join(root, leaf.path)), leaf.identity)
+            if staged.path in taken:
+                make_way(core, staged.path, leaf.identity)
             manifest = staged.manifest
+            ingest.keep(manifest)
             files.append(
                 FileEntry(leaf.path, leaf.executable, manifest.size, manifest.file_hash, manifest.manifest_hash)
             )

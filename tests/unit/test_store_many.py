@@ -172,7 +172,7 @@ def test_failed_flush_of_many_manifests_stores_nothing(
                 raise StoreError("flush failed")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Folder, "_sync", sync)
+            patch.setattr(Folder, "sync", sync)
             with pytest.raises(StoreError, match="flush failed"):
                 store.store_tree(folder)
         manifests = [path for path in (store.root / "manifests").rglob("*") if path.is_file()]
