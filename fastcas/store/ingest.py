@@ -9,8 +9,8 @@ not written again, nor is one that came earlier in the same ingest; `in place` w
 encoded from the same buffers and is always owned. Where the file system can share blocks between files, a large file
 without parity is cloned into the blob first and read from there: what is hashed is what is kept.
 Publish order (architecture §7): blob (temp, write, fsync, rename, fsync folder), manifests likewise, catalog
-commit, listener. Until the commit nothing refers to what was written, and an error takes it away again. The catalog's
-rows are inserted while a thread makes the files durable; only the commit waits for it.
+commit, listener. Until the commit nothing refers to what was written, and an error takes it away again. A thread
+inserts the catalog's rows while the files are made durable; the commit waits for both.
 Memory: three buffers (fewer for a file that needs fewer). With parity each is one stripe, 3 * (k + m) * chunk size in
 all; without, 4 MiB or one larger chunk. Cut by content: 8 MiB and the longest chunk, of which what has no end yet is
 carried over to the next buffer.
@@ -426,10 +426,13 @@ class Ingest:
             if self.keep(manifest):
                 fresh[manifest.manifest_hash] = None
         try:
-            with catalog.transaction(), ThreadPoolExecutor(1, "fastcas-publish") as pool:
-                written = pool.submit(self._write, made)
-                news = self._insert(entries, now, set(fresh))
-                written.result()
+            with catalog.transaction(), ThreadPoolExecutor(1, "fastcas-insert") as pool:
+                inserted = pool.submit(self._insert, entries, now, set(fresh))
+                blob_name = self._blob.publish()
+                if blob_name is not None:
+                    made.append(blob_name)
+                made += self._manifests.publish()
+                news = inserted.result()
         except BaseException:
             for name in made:
                 core.folder.discard(name)
@@ -441,13 +444,6 @@ class Ingest:
                     core.say_manifest(row)
             for entry in entries:
                 core.listener.on_file(entry.staged.manifest.file_hash, entry.staged.manifest.manifest_hash)
-
-    def _write(self, made: list[str]) -> None:
-        """Make blob and manifests durable; their names are appended to `made` as they become visible."""
-        blob_name = self._blob.publish()
-        if blob_name is not None:
-            made.append(blob_name)
-        made += self._manifests.publish()
 
     def _insert(self, entries: Sequence[Entry], now: int, written: set[bytes]) -> list[News]:
         core, catalog, writer = self._core, self._core.catalog, self._blob
