@@ -26,6 +26,7 @@ import sqlite3
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 from fastcas.errors import CatalogCorrupt, FastCASError, PermissionDenied, StoreError, StoreFull, StoreLocked
@@ -133,6 +134,24 @@ _BLOB_COLUMNS = "number, kind, path, device, inode, size, mtime_ns, manifest"
 _MANIFEST_COLUMNS = "hash, file, blob, length, chunk_size, n_chunks, n_parity, complete"
 
 
+class _Errors:
+    """Turns what goes wrong in the block into ours; a class, because a store of many files enters thousands."""
+
+    __slots__ = ("_action", "_catalog")
+
+    def __init__(self, catalog: Catalog, action: str) -> None:
+        self._catalog, self._action = catalog, action
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        if isinstance(exc, sqlite3.Error):
+            raise self._catalog.translate(exc, self._action) from exc
+        if isinstance(exc, OSError):
+            raise PermissionDenied(f"{shown(self._catalog.path)}: {exc.strerror} while {self._action}") from exc
+
+
 class Catalog:
     """Typed queries on catalog.db. Writes only inside `transaction()`.
 
@@ -196,16 +215,11 @@ class Catalog:
         """Close the database. Idempotent."""
         self._db.close()
 
-    @contextlib.contextmanager
-    def _errors(self, action: str) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as exc:
-            raise self._translate(exc, action) from exc
-        except OSError as exc:
-            raise PermissionDenied(f"{shown(self.path)}: {exc.strerror} while {action}") from exc
+    def _errors(self, action: str) -> _Errors:
+        return _Errors(self, action)
 
-    def _translate(self, exc: sqlite3.Error, action: str) -> FastCASError:
+    def translate(self, exc: sqlite3.Error, action: str) -> FastCASError:
+        """Return our error for one of SQLite's met while doing `action`."""
         who = shown(self.path)
         code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL:
@@ -313,11 +327,12 @@ class Catalog:
 
     def add_extents(self, blob: int, keys: bytes | bytearray, offsets: array[int], lengths: array[int]) -> None:
         """Insert extents of one blob; `keys` is 32 bytes each. Existing ones are replaced."""
-        rows = (
-            (blob, offset, length, bytes(keys[32 * i : 32 * i + 32]))
-            for i, (offset, length) in enumerate(zip(offsets, lengths, strict=True))
+        data = bytes(keys)
+        hashes = [data[at : at + 32] for at in range(0, len(data), 32)]
+        self.many(
+            "INSERT OR REPLACE INTO extents VALUES(?,?,?,?)",
+            zip(repeat(blob, len(hashes)), offsets, lengths, hashes, strict=True),
         )
-        self.many("INSERT OR REPLACE INTO extents VALUES(?,?,?,?)", rows)
 
     def extents_of(self, key: bytes) -> list[tuple[BlobRow, int, int]]:
         """Return (blob, offset, length) of each extent of a chunk, owned blobs first."""

@@ -481,10 +481,17 @@ def insert_linked(core: Core, path: bytes, identity: Identity, manifest: Manifes
     """
     catalog = core.catalog
     n = manifest.n_chunks
-    keys = [manifest.hashes[32 * i : 32 * i + 32] for i in range(n)]
     lengths = array("I", map(manifest.length_of, range(n)))
     offsets = array("Q", map(manifest.offset_of, range(n)))
-    known = catalog.present(keys) if core.listener is not None else set(keys)
+    rows: dict[bytes, tuple[bytes, int, int]] = {}
+    if core.listener is not None:
+        keys = [manifest.hashes[32 * i : 32 * i + 32] for i in range(n)]
+        known = catalog.present(keys)
+        rows = {
+            key: (key, offset, length)
+            for key, offset, length in zip(keys, offsets, lengths, strict=True)
+            if key not in known
+        }
     old = catalog.blob_at(path)
     if old is None:
         number = catalog.add_blob(LINKED, path, identity, manifest.manifest_hash)
@@ -492,11 +499,6 @@ def insert_linked(core: Core, path: bytes, identity: Identity, manifest: Manifes
         number = old.number
         catalog.execute("UPDATE blobs SET manifest=? WHERE number=?", (manifest.manifest_hash, number))
     catalog.add_extents(number, manifest.hashes, offsets, lengths)
-    rows = {
-        key: (key, offset, length)
-        for key, offset, length in zip(keys, offsets, lengths, strict=True)
-        if key not in known
-    }
     return News(BlobRow(number, LINKED, path, identity, None), list(rows.values()), is_new=old is None)
 
 
