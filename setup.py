@@ -49,7 +49,8 @@ EXTENSIONS = [
     ext("fastcas.hashing._sha256", ["common/*.c", "sha256/*.c"]),
     ext("fastcas.hashing._cdc", ["cdc/*.c"]),
     ext("fastcas.parity._gf256", ["common/*.c", "gf256/*.c"]),
-    ext("fastcas.store._files", ["ingest/*.c"]),
+    ext("fastcas.store._files", ["ingest/files.c"]),
+    ext("fastcas.store._pass", ["common/*.c", "sha256/*.c", "ingest/pass.c"]),
     ext("fastcas.table._table", ["table/table.c", "table/blobs.c"]),
     ext(
         "fastcas.table._shared",

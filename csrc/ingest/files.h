@@ -22,7 +22,8 @@ enum {
     FCAS_FILE_OK = 0,
     FCAS_FILE_IRREGULAR = -1,      /* no regular file */
     FCAS_FILE_CHANGED_BEFORE = -2, /* not what the caller says */
-    FCAS_FILE_CHANGED_WHILE = -3   /* shortened, extended or written to while it was read */
+    FCAS_FILE_CHANGED_WHILE = -3,  /* shortened, extended or written to while it was read */
+    FCAS_FILE_STOPPED = -4         /* the caller wants no more */
 };
 
 /* Read n files back to back into out, which has room for the sum of their sizes. Returns how many were read: n, or

@@ -4,7 +4,8 @@
  * Each byte goes into two hashes at once (fcas_sha256_update2): the present chunk's, which starts anew at
  * each chunk, and the content's. Chunk sizes are multiples of 64, so both always stand at the same place in
  * a block. Eight whole chunks or more in one update, of a multiple of 512 bytes each, go side by side where the
- * kernel can do that: nearly twice as fast. The caller owns all memory and asks fcas_chunks_completed_by() how much an update will write. */
+ * kernel can do that, and so do four of each of two files. The caller owns all memory and asks
+ * fcas_chunks_completed_by() how much an update will write. */
 #ifndef FCAS_CHUNKS_H
 #define FCAS_CHUNKS_H
 
@@ -33,6 +34,12 @@ size_t fcas_chunks_completed_by(const fcas_chunks *c, size_t n);
  * hashes and 32 bytes of the content's chaining value after it to midstates. Returns the number of chunks
  * completed, fcas_chunks_completed_by(c, n). Never allocates, never fails. */
 size_t fcas_chunks_update(fcas_chunks *c, const uint8_t *p, size_t n, uint8_t *hashes, uint8_t *midstates);
+
+/* Feed the next n_chunks whole chunks of two files, both of which stand at the begin of a chunk; else nothing is
+ * promised. The same as fcas_chunks_update of each; four or more chunks, of a multiple of 256 bytes each, go side by
+ * side if chunk size and kernel are the same. */
+void fcas_chunks_update_two(fcas_chunks *const c[2], const uint8_t *const p[2], size_t n_chunks,
+                            uint8_t *const hashes[2], uint8_t *const midstates[2]);
 
 /* End the file: its digest goes to content_hash and, when a last chunk is begun but not full, that one's to
  * last_hash. Returns the number of such chunks, 0 or 1. *c must be initialised again before further use. */

@@ -1,8 +1,9 @@
 """Hashing many files that stay where they are, on all cores.
 
 Nothing is copied, so no file waits for another: each core's thread takes the next group of files, reads and hashes it
-without the interpreter's lock, and hands the manifests on in order. A group is one file, or neighbours of one chunk
-each that fit a buffer together: those go side by side through the kernel's lanes.
+without the interpreter's lock, and hands the manifests on in order. A group is one file; or two that go through the
+kernel side by side, as long as there is enough for every core; or neighbours of one chunk each that fit a buffer
+together.
 Memory: one buffer of 4 MiB, or one chunk if that is larger, per thread; of a larger file it is filled in steps that a
 core's own cache holds.
 """
@@ -17,17 +18,23 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from typing import NoReturn
 
 from fastcas.errors import Interrupted
 from fastcas.hashing import digest_many
 from fastcas.metadata import Manifest, choose_chunk_size
-from fastcas.store.ingest import BUFFER_B, Hashes, Staged, cut_short
+from fastcas.store._pass import CHANGED_WHILE, STOPPED, Tally, pass_files
+from fastcas.store.ingest import BUFFER_B, Staged, cut_short
+from fastcas.store.paths import translate
 from fastcas.store.sources import FileSource
 
 __all__ = ["Job", "hash_in_place"]
 
 THREADS_MAX = 16
-STEP_B = 1 << 20  # read and hashed at a time: a tenth less CPU than 4 MiB
+STEP_B = 1 << 20  # of one file, read and hashed at a time: a tenth less CPU than 4 MiB
+SIDE_BY_SIDE = 4  # chunks of each of two files that the kernel takes at a time
+PAIR_MAX_B = 64 << 20  # of each: at the end no core waits long for another
+PAIRS_MIN = 4  # for each core that two at a time leave to do
 POLL_S = 0.1  # between two reports of progress
 
 
@@ -54,8 +61,8 @@ def hash_in_place(
         What `Job.open` raises.
     """
     units = [choose_chunk_size(job.size, chunk_size) for job in jobs]
-    groups = _groups(jobs, units)
     n_threads = min(len(os.sched_getaffinity(0)), THREADS_MAX)
+    groups = _groups(jobs, units, len(jobs) - 2 * PAIRS_MIN * n_threads)
     work = _Work(max([BUFFER_B, *units]))
     waiting: deque[Future[list[Staged]]] = deque()
     with ThreadPoolExecutor(n_threads, "fastcas-hash") as pool:
@@ -67,7 +74,7 @@ def hash_in_place(
             while waiting:
                 yield from _next(waiting, work, progress)
         finally:
-            work.is_over = True
+            work.tally.stop()
             for future in waiting:
                 future.cancel()
 
@@ -81,24 +88,27 @@ def _next(waiting: deque[Future[list[Staged]]], work: _Work, progress: Callable[
         except FutureTimeoutError:
             staged = future.result() if future.done() else None
         if progress is not None:
-            progress(work.done)
+            progress(work.tally.n_bytes)
         if staged is not None:
             return staged
 
 
-def _groups(jobs: Sequence[Job], units: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield (begin, end) of files that are hashed together."""
-    begin = total = 0
-    for at, job in enumerate(jobs):
-        if at > begin and (job.size > units[at] or total + job.size > BUFFER_B):
-            yield begin, at
-            begin, total = at, 0
-        total += job.size
-        if job.size > units[at]:
-            yield begin, at + 1
-            begin, total = at + 1, 0
-    if begin < len(jobs):
-        yield begin, len(jobs)
+def _groups(jobs: Sequence[Job], units: Sequence[int], pairs_end: int) -> Iterator[tuple[int, int]]:
+    """Yield (begin, end) of files that are hashed together; no pair begins at `pairs_end` or later."""
+    begin = 0
+    while begin < len(jobs):
+        end = begin + 1
+        if jobs[begin].size <= units[begin]:
+            total = jobs[begin].size
+            while end < len(jobs) and jobs[end].size <= units[end] and total + jobs[end].size <= BUFFER_B:
+                total += jobs[end].size
+                end += 1
+        elif begin < pairs_end and end < len(jobs) and units[begin] == units[end]:
+            least, unit = SIDE_BY_SIDE * units[begin], units[begin]
+            fit = all(least <= jobs[i].size <= PAIR_MAX_B for i in (begin, end))
+            end += fit and 2 * SIDE_BY_SIDE * unit <= BUFFER_B
+        yield begin, end
+        begin = end
 
 
 class _Work:
@@ -107,67 +117,66 @@ class _Work:
     def __init__(self, buffer_size: int) -> None:
         self._buffer_size = buffer_size
         self._local = threading.local()
-        self._lock = threading.Lock()
-        self.done = 0
-        self.is_over = False
+        self.tally = Tally()
 
     def run(self, jobs: Sequence[Job], units: Sequence[int]) -> list[Staged]:
         """Hash one group in the thread that calls."""
         buffer = getattr(self._local, "buffer", None)
         if buffer is None:
             buffer = self._local.buffer = memoryview(mmap.mmap(-1, self._buffer_size))  # no page before it is used
-        if len(jobs) == 1:
-            return [self._one(jobs[0], units[0], buffer)]
-        return self._together(jobs, units, buffer)
-
-    def _one(self, job: Job, unit: int, buffer: memoryview) -> Staged:
-        step = max(1, STEP_B // unit) * unit
-        source = job.open()
-        try:
-            hashes = Hashes(source.size, unit)
-            for at in range(0, source.size, step):
-                view = buffer[: min(step, source.size - at)]
-                self._fill(source, view, at)
-                hashes.feed(view)
-                self._count(len(view))
-            return self._staged(source, hashes.manifest())
-        finally:
-            source.close()
-
-    def _together(self, jobs: Sequence[Job], units: Sequence[int], buffer: memoryview) -> list[Staged]:
         sources: list[FileSource] = []
         try:
-            views, at = [], 0
             for job in jobs:
-                source = job.open()
-                sources.append(source)
-                if source.size != job.size:
-                    raise cut_short(source, source.size, job.size)
-                views.append(buffer[at : at + job.size])
-                self._fill(source, views[-1], 0)
-                at += job.size
-            staged = []
-            for source, unit, digest in zip(sources, units, digest_many(views), strict=True):
-                staged.append(self._staged(source, Manifest(digest, source.size, unit, digest, b"")))
-            self._count(at)
-            return staged
+                sources.append(job.open())
+                if sources[-1].size != job.size:
+                    raise cut_short(sources[-1], sources[-1].size, job.size)
+            if jobs[0].size > units[0]:
+                return self._pass(sources, units[0], buffer)
+            return self._together(sources, units, buffer)
         finally:
             for source in sources:
                 source.close()
 
-    def _fill(self, source: FileSource, view: memoryview, at: int) -> None:
-        if self.is_over:
+    def _pass(self, sources: Sequence[FileSource], unit: int, buffer: memoryview) -> list[Staged]:
+        """Hash one file, or two side by side."""
+        step = max(STEP_B, unit) if len(sources) == 1 else 2 * max(STEP_B, SIDE_BY_SIDE * unit)
+        sizes = [source.size for source in sources]
+        done, why, failed, got = pass_files([source.fd for source in sources], sizes, unit, buffer[:step], self.tally)
+        if why:
+            self._refuse(sources[failed], why, got)
+        staged = []
+        for source, (hashes, midstates, content) in zip(sources, done, strict=True):
+            source.skip(source.size)
+            chain = midstates[: len(hashes) - 32]  # after the last chunk it is the content's hash but for the padding
+            staged.append(self._staged(source, Manifest(content, source.size, unit, hashes, chain)))
+        return staged
+
+    def _together(self, sources: Sequence[FileSource], units: Sequence[int], buffer: memoryview) -> list[Staged]:
+        views, at = [], 0
+        for source in sources:
+            views.append(buffer[at : at + source.size])
+            got = source.readinto(views[-1])
+            if got != source.size:
+                self._refuse(source, CHANGED_WHILE, got)
+            at += source.size
+        staged = []
+        for source, unit, digest in zip(sources, units, digest_many(views), strict=True):
+            staged.append(self._staged(source, Manifest(digest, source.size, unit, digest, b"")))
+        self.tally.add(at)
+        return staged
+
+    @staticmethod
+    def _refuse(source: FileSource, why: int, got: int) -> NoReturn:
+        """Raise what stands for a file that could not be read to its end."""
+        if why == STOPPED:
             raise Interrupted(f"{source.label}: not read to its end; nothing of it was stored")
-        got = source.readinto(view)
-        if got != len(view):
-            source.finish()
-            raise cut_short(source, at + got, source.size)
+        if why > 0:
+            raise translate(OSError(why, os.strerror(why)), source.label, "reading it")
+        source.skip(source.size)
+        source.finish()
+        raise cut_short(source, got, source.size)
 
     @staticmethod
     def _staged(source: FileSource, manifest: Manifest) -> Staged:
         source.finish()
         return Staged(manifest, 0, source.path, source.identity)
-
-    def _count(self, n: int) -> None:
-        with self._lock:
-            self.done += n

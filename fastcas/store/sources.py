@@ -126,6 +126,10 @@ class FileSource:
                 self._offset += n
         return done
 
+    def skip(self, n: int) -> None:
+        """Count bytes that were read in another way, through the descriptor."""
+        self._offset += n
+
     def finish(self) -> None:
         """Compare size and modification time with those before the first read."""
         now = identity_of(os.fstat(self._fd))

@@ -217,6 +217,37 @@ static void chunks_within_bounds(const fcas_sha256_kernel *k, size_t size, size_
     }
 }
 
+/* The same of two files: every number of chunks, the second file's behind the first's. */
+static void two_files_within_bounds(const fcas_sha256_kernel *k, size_t size, size_t n_max)
+{
+    uint8_t *data = guarded(), *hashes = guarded(), *midstates = guarded(), last[32], whole[32], want[32];
+
+    fill(data, ROOM, 3);
+    for (size_t n = 0; n <= n_max; n++) {
+        fcas_chunks a, b;
+        fcas_chunks *const both[2] = {&a, &b};
+        const uint8_t *const p[2] = {data + ROOM - 2 * n * size, data + ROOM - n * size};
+        uint8_t *const h[2] = {hashes + ROOM - 64 * n, hashes + ROOM - 32 * n};
+        uint8_t *const m[2] = {midstates + ROOM - 64 * n, midstates + ROOM - 32 * n};
+
+        CHECK(fcas_chunks_init(&a, k, size) == FCAS_OK && fcas_chunks_init(&b, k, size) == FCAS_OK);
+        fcas_chunks_update_two(both, p, n, h, m);
+        for (size_t j = 0; j < 2; j++) {
+            fcas_sha256 content;
+            fcas_sha256_init(&content, k);
+            for (size_t i = 0; i < n; i++) {
+                digest(k, p[j] + size * i, size, want);
+                CHECK(memcmp(h[j] + 32 * i, want, 32) == 0);
+                fcas_sha256_update(&content, p[j] + size * i, size);
+                CHECK(fcas_sha256_midstate(&content, want) == FCAS_OK && memcmp(m[j] + 32 * i, want, 32) == 0);
+            }
+            CHECK(fcas_chunks_finish(both[j], last, whole) == 0);
+            digest(k, p[j], size * n, want);
+            CHECK(memcmp(whole, want, 32) == 0);
+        }
+    }
+}
+
 static void chunk_sizes_are_checked(void)
 {
     fcas_chunks c;
@@ -401,6 +432,8 @@ int main(void)
         chunks_within_bounds(k, 128, 1000);
         chunks_within_bounds(k, 448, ROOM);
         chunks_within_bounds(k, 512, ROOM);
+        two_files_within_bounds(k, 192, 6);
+        two_files_within_bounds(k, 256, 8);
         if (k->compress_beside != NULL)
             beside_within_bounds(k, truth);
         printf(" %s", k->name);

@@ -12,7 +12,7 @@ from fastcas.errors import ChunkCorrupt, FileChanged, NotFound, StoreError, Usag
 from fastcas.store import Store
 from fastcas.store._files import read_files
 from fastcas.store.core import identity_of
-from fastcas.store.in_place import Job, hash_in_place
+from fastcas.store.in_place import Job, _groups, hash_in_place
 from fastcas.store.packs import PackPart, PackSource
 from fastcas.store.paths import Folder
 from fastcas.store.sources import FileSource, open_user_file
@@ -138,10 +138,12 @@ def test_files_in_place_get_the_manifests_that_they_get_alone(store: Store, tmp_
             assert manifest.manifest_hash.hex() == alone.manifest_hash
 
 
-def test_file_that_changes_while_others_are_hashed_ends_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [100 * KIB, 2 * MIB])
+def test_file_that_changes_while_others_are_hashed_ends_it(tmp_path: Path, others: int) -> None:
+    """With files of some chunks beside it, it goes through the kernel side by side with one."""
     paths = [tmp_path / str(i) for i in range(40)]
     for path in paths:
-        path.write_bytes(bytes(5 * MIB if path.name == "7" else 100 * KIB))
+        path.write_bytes(bytes(5 * MIB if path.name == "7" else others))
 
     def open_it(path: Path) -> FileSource:
         if path.name == "7":
@@ -154,6 +156,20 @@ def test_file_that_changes_while_others_are_hashed_ends_it(tmp_path: Path) -> No
     jobs = [Job(path.stat().st_size, lambda path=path: open_it(path)) for path in paths]
     with pytest.raises(FileChanged, match="/7: changed while it was read"):
         list(hash_in_place(jobs, None))
+
+
+def test_two_at_a_time_as_long_as_there_is_enough_for_every_core() -> None:
+    kib256, mib = 256 * KIB, MIB
+    sizes = [2 * mib] * 5 + [300 * KIB, 100 * KIB, 100 * KIB] + [2 * mib, 65 * mib] + [2 * mib] * 6
+    jobs = [Job(size, lambda: pytest.fail("opened")) for size in sizes]
+    units = [kib256] * len(jobs)
+    groups = list(_groups(jobs, units, 12))
+    assert groups == [
+        (0, 2), (2, 4), (4, 5), (5, 6), (6, 8), (8, 9), (9, 10), (10, 12), (12, 13), (13, 14), (14, 15), (15, 16),
+    ]  # fmt: skip
+    assert list(_groups(jobs[:4], [kib256, kib256, mib, mib], 4)) == [(0, 2), (2, 3), (3, 4)]
+    assert list(_groups(jobs[:2], [kib256, 2 * kib256], 2)) == [(0, 1), (1, 2)]
+    assert list(_groups([], [], -5)) == []
 
 
 def test_failed_flush_of_many_manifests_stores_nothing(
