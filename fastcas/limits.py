@@ -22,6 +22,7 @@ CHUNKS_MAX = 200_000  # refused beyond: a manifest stays below MANIFEST_SIZE_MAX
 FILE_SIZE_MAX = 1 << 50  # bytes
 MANIFEST_SIZE_MAX = 16 * MIB
 COLLECTION_FILES_MAX = 1_000_000
+COLLECTION_DIRS_MAX = 1_000_000
 COLLECTION_SIZE_MAX = 512 * MIB  # bytes of a collection that we parse
 NAME_BYTES_MAX = 255
 PATH_BYTES_MAX = 4096

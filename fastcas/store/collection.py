@@ -43,7 +43,14 @@ from itertools import pairwise
 
 from fastcas.errors import CollectionCorrupt
 from fastcas.ids import escape_for_terminal
-from fastcas.limits import COLLECTION_FILES_MAX, COLLECTION_SIZE_MAX, FILE_SIZE_MAX, NAME_BYTES_MAX, PATH_BYTES_MAX
+from fastcas.limits import (
+    COLLECTION_DIRS_MAX,
+    COLLECTION_FILES_MAX,
+    COLLECTION_SIZE_MAX,
+    FILE_SIZE_MAX,
+    NAME_BYTES_MAX,
+    PATH_BYTES_MAX,
+)
 from fastcas.metadata import EMPTY_SHA256
 
 __all__ = [
@@ -149,10 +156,10 @@ class Collection:
         if reader.take(len(MAGIC)) != MAGIC:
             raise CollectionCorrupt("collection: wrong first line")
         n_packs, n_dirs, n_files, n_small = reader.unpack(_COUNTS)
-        if n_dirs + n_files + n_small > COLLECTION_FILES_MAX or n_packs > n_small:
+        if n_dirs > COLLECTION_DIRS_MAX or n_files + n_small > COLLECTION_FILES_MAX or n_packs > n_small:
             raise CollectionCorrupt(
                 f"collection: {n_packs} packs, {n_dirs} folders, {n_files} + {n_small} files; "
-                f"limit {COLLECTION_FILES_MAX} in all"
+                f"limit {COLLECTION_FILES_MAX} files and {COLLECTION_DIRS_MAX} folders"
             )
         packs = []
         for _ in range(n_packs):

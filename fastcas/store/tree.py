@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from fastcas.errors import CollectionCorrupt, FileChanged, PermissionDenied, UsageError
-from fastcas.limits import COLLECTION_FILES_MAX
+from fastcas.limits import COLLECTION_DIRS_MAX, COLLECTION_FILES_MAX, COLLECTION_SIZE_MAX
 from fastcas.metadata import EMPTY_SHA256, FIXED
 from fastcas.store.beneath import beneath
 from fastcas.store.collection import (
@@ -57,6 +57,7 @@ class _Leaf:
 
 @dataclass(slots=True)
 class _Scan:
+    root: str
     dirs: list[str] = field(default_factory=list)
     leaves: list[_Leaf] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -65,10 +66,16 @@ class _Scan:
     def refuse(self, path: str, why: str) -> None:
         self.bad.append((shown(path), why))
 
+    def check_counts(self) -> None:
+        """Refuse what no one could read again."""
+        if len(self.leaves) > COLLECTION_FILES_MAX or len(self.dirs) > COLLECTION_DIRS_MAX:
+            raise UsageError(
+                f"{self.root}: {len(self.leaves)} files and {len(self.dirs)} folders or more, limit"
+                f" {COLLECTION_FILES_MAX} and {COLLECTION_DIRS_MAX}; nothing of it was stored"
+            )
+
 
 def _scan(dir_fd: int, prefix: str, depth: int, out: _Scan, posix_names: bool) -> None:
-    if len(out.dirs) + len(out.leaves) > COLLECTION_FILES_MAX:
-        raise UsageError(f"directory: more than {COLLECTION_FILES_MAX} entries; nothing of it was stored")
     with os.scandir(dir_fd) as entries:
         found = sorted(entries, key=lambda entry: os.fsencode(entry.name))
     for entry in found:
@@ -99,6 +106,7 @@ def _scan(dir_fd: int, prefix: str, depth: int, out: _Scan, posix_names: bool) -
         else:
             what = "is a symbolic link" if stat.S_ISLNK(info.st_mode) else "is neither a file nor a folder"
             out.refuse(path, what if not stat.S_ISDIR(info.st_mode) else f"is deeper than {DEPTH_MAX}")
+    out.check_counts()
 
 
 def _packs(leaves: list[_Leaf]) -> Iterator[list[_Leaf]]:
@@ -136,7 +144,7 @@ def store_tree(
     except OSError as exc:
         raise translate(exc, path, "opening it") from exc
     try:
-        scan = _Scan()
+        scan = _Scan(shown(path))
         with os_errors(path, "listing it"):
             _scan(root_fd, "", 1, scan, posix_names)
         if scan.bad:
@@ -243,6 +251,11 @@ def _ingest(
             entries.append(Entry(staged, None))
             done += manifest.size
         data = Collection(tuple(packs), tuple(scan.dirs), tuple(files), tuple(smalls)).encode()
+        if len(data) > COLLECTION_SIZE_MAX:
+            raise UsageError(
+                f"{shown(root)}: the list of its files takes {len(data)} B, limit {COLLECTION_SIZE_MAX} B;"
+                " nothing of it was stored"
+            )
         staged = ingest.add(BytesSource(data, title), chunk_size=chunk_size, chunking=chunking, parity=parity)
         members = sorted({entry.staged.manifest.manifest_hash for entry in entries})
         top = Entry(staged, title, is_collection=True, members=members)

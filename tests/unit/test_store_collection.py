@@ -247,9 +247,17 @@ def test_small_file_outside_its_pack_is_refused(entry: SmallEntry) -> None:
 
 
 def test_counts_are_bounded_before_anything_is_read() -> None:
-    for counts in ((0, 0, 0, 1_000_001), (0xFFFFFFFF, 0, 0, 0xFFFFFFFF), (2, 0, 0, 1), (0, 1_000_000, 1, 0)):
+    most = 1_000_000
+    files = ((0, 0, 0, most + 1), (0, 0, most, 1), (0xFFFFFFFF, 0, 0, 0xFFFFFFFF))
+    for counts in (*files, (2, 0, 0, 1), (0, most + 1, 1, 0)):
         with pytest.raises(CollectionCorrupt, match="limit"):
             Collection.decode(MAGIC + struct.pack("<IIII", *counts))
+
+
+@pytest.mark.parametrize("counts", [(0, 1_000_000, 0, 0), (0, 1_000_000, 0, 1_000_000), (0, 0, 999_999, 1)])
+def test_as_many_as_the_limits_are_read_on(counts: tuple[int, int, int, int]) -> None:
+    with pytest.raises(CollectionCorrupt, match="ends"):
+        Collection.decode(MAGIC + struct.pack("<IIII", *counts))
 
 
 @pytest.mark.parametrize("size", [0, (1 << 50) + 1, (1 << 64) - 1])

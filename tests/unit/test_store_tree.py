@@ -96,6 +96,27 @@ def test_same_tree_twice_has_one_hash_and_takes_no_space(store: Store, tmp_path:
     assert len(blob_files(store.root)) == 1
 
 
+@pytest.mark.parametrize(
+    ("limit", "what"),
+    [("COLLECTION_FILES_MAX", r"\d files and \d folders"),
+     ("COLLECTION_DIRS_MAX", r"\d folders or more, limit \d+ and"), ("COLLECTION_SIZE_MAX", r"takes \d+ B, limit \d+ B")],
+)  # fmt: skip
+def test_what_nobody_could_read_again_is_not_stored(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, what: str
+) -> None:
+    root = make_tree(tmp_path / "tree", FILES, ("void", "void/inner"))
+    mirror = followed(store)
+    stored = store.store_tree(root)
+    collection = unpack(mirror, stored)[1]
+    exact = {"COLLECTION_FILES_MAX": len(FILES), "COLLECTION_DIRS_MAX": len(collection.dirs),
+             "COLLECTION_SIZE_MAX": len(collection.encode())}[limit]  # fmt: skip
+    monkeypatch.setattr(tree_module, limit, exact)
+    assert store.store_tree(root).already_stored
+    monkeypatch.setattr(tree_module, limit, exact - 1)
+    with pytest.raises(UsageError, match=f"tree: .*{what}.*nothing of it was stored"):
+        store.store_tree(root)
+
+
 def test_small_files_spill_into_several_packs(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree_module, "PACK_B", 50_000)
     mirror = followed(store)
