@@ -99,7 +99,8 @@ def test_same_tree_twice_has_one_hash_and_takes_no_space(store: Store, tmp_path:
 @pytest.mark.parametrize(
     ("limit", "what"),
     [("COLLECTION_FILES_MAX", r"\d files and \d folders"),
-     ("COLLECTION_DIRS_MAX", r"\d folders or more, limit \d+ and"), ("COLLECTION_SIZE_MAX", r"takes \d+ B, limit \d+ B")],
+     ("COLLECTION_DIRS_MAX", r"\d folders or more, limit \d+ and"),
+     ("COLLECTION_SIZE_MAX", r"takes \d+ B, limit \d+ B")],
 )  # fmt: skip
 def test_what_nobody_could_read_again_is_not_stored(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, what: str
