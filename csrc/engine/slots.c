@@ -25,7 +25,7 @@
 
 #include "engine/internal.h"
 
-#define WAIT_S         0.1
+#define WAIT_S         0.085
 #define WINDOW_NS      200000000ll
 #define FILL_NS        200000000ll
 #define UPLINK_KEPT    0.95  /* per window: a rate that was too high is halved in 3 s */

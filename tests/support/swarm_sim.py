@@ -33,7 +33,7 @@ from fastcas.table import GivenBoard
 MBIT = 1e6 / 8
 POLL_S = 0.1
 WAKE_S = 0.01  # a leecher that waits for the end of a rest looks at most so often
-WAIT_S = 0.1
+WAIT_S = 0.085
 BACKLOG_S = 0.03
 QUANTA = 4  # per chunk
 KNOWN_ALL = 100
