@@ -104,9 +104,9 @@ def _groups(jobs: Sequence[Job], units: Sequence[int], pairs_end: int) -> Iterat
                 total += jobs[end].size
                 end += 1
         elif begin < pairs_end and end < len(jobs) and units[begin] == units[end]:
-            least, unit = SIDE_BY_SIDE * units[begin], units[begin]
-            fit = all(least <= jobs[i].size <= PAIR_MAX_B for i in (begin, end))
-            end += fit and 2 * SIDE_BY_SIDE * unit <= BUFFER_B
+            least = SIDE_BY_SIDE * units[begin]
+            if 2 * least <= BUFFER_B and all(least <= jobs[i].size <= PAIR_MAX_B for i in (begin, end)):
+                end += 1
         yield begin, end
         begin = end
 
