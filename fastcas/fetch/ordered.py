@@ -109,7 +109,8 @@ class OrderedFetch:
         """Prepare; inside the loop that will be used.
 
         Args:
-            link: What to read. settings: As for a download; `local` and `hooks` are not used.
+            link: What to read. settings: As for a download; `local` and `hooks` are not used. Its `progress` counts
+                what was fetched, of the whole file.
             keeps: What was read may be read again; if not, its space is given back.
             read_ahead: Bytes behind what is read that are fetched meanwhile.
         """
@@ -124,7 +125,6 @@ class OrderedFetch:
         self._news = asyncio.Event()
         self._here = 0
         self._forgotten = 0
-        self._running: asyncio.Task[None] | None = None
         self._error: FastCASError | None = None
 
     async def open(self) -> None:
@@ -135,7 +135,7 @@ class OrderedFetch:
         """
         self._crowd.find()
         await self._begin()
-        self._running = asyncio.get_running_loop().create_task(self._run())
+        self._tasks.spawn(self._run())
 
     async def _begin(self) -> None:
         manifest, giver = await self._crowd.wait_for_manifest(lambda waiting_on: None)
@@ -253,10 +253,6 @@ class OrderedFetch:
     async def close(self) -> None:
         """Stop, and let whoever waits in `ready` know. Idempotent."""
         self._fail(Interrupted(f"file {short(self.link.file_hash)}: closed"))
-        running, self._running = self._running, None
-        if running is not None:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
         await self._tasks.close()
         self._crowd.close()
         self._receiver.close()

@@ -37,9 +37,10 @@ from fastcas.limits import COLLECTION_SIZE_MAX, FETCH_TIMEOUT_S, MIB, STALL_TIME
 from fastcas.metadata import Manifest
 from fastcas.node.access import check_reachable, dht_client
 from fastcas.node.control_client import AsyncControlClient
+from fastcas.node.download_report import ProgressRelay
 from fastcas.node.listeners import reachable_host
 from fastcas.node.node_discovery import NodeDiscovery
-from fastcas.node.shortcuts import Peer, peer_text, rate_of
+from fastcas.node.shortcuts import Peer, Progress, peer_text, rate_of
 from fastcas.peers.discovery import Discovery
 from fastcas.store import Store
 from fastcas.store.collection import MAGIC, Collection, FileEntry
@@ -60,6 +61,7 @@ def open(
     stall_timeout: float = STALL_TIMEOUT_S,
     origins: Sequence[str] = (),
     max_download: int | str | None = None,
+    progress: Progress | None = None,
 ) -> io.BufferedReader:
     """Open a file in the network for reading. By link bytes come at once, wherever it is read.
 
@@ -70,6 +72,8 @@ def open(
         ref: 64-hex hash, or a fastcas:// link; followed by /path: that file of the collection. A collection itself is
             read as the file that describes it.
         peers, bootstrap, storage_dir, timeout, stall_timeout, origins, max_download: As for `fastcas.get`.
+        progress: Called with what `fastcas.get` tells its own, while bytes are fetched, from a thread that fetches: it
+            must not read the object. "done" is what was fetched of the whole, which is never all where parts were read.
     Raises:
         UsageError: An argument.
         NoPeers, NotFound: Nobody has it, or the collection has no such file.
@@ -80,15 +84,17 @@ def open(
         "bootstrap": [peer_text(p) for p in bootstrap], "timeout_s": timeout, "stall_timeout_s": stall_timeout,
         "origins": [parse_origin(url, "origins") for url in origins], "max_download_Bps": rate_of(max_download),
     }  # fmt: skip
-    return io.BufferedReader(open_raw(args, storage_root(storage_dir or default_storage()), keeps=True), MIB)
+    root = storage_root(storage_dir or default_storage())
+    return io.BufferedReader(open_raw(args, root, keeps=True, progress=progress), MIB)
 
 
-def open_raw(args: dict[str, Any], root: Path, *, keeps: bool) -> RawReader:
+def open_raw(args: dict[str, Any], root: Path, *, keeps: bool, progress: Progress | None = None) -> RawReader:
     """`open` with the arguments of a `get` request.
 
     Args:
         root: Storage folder; it need not be there.
         keeps: What was read can be read again; if not, its space is given back.
+        progress: See `open`.
     """
     link = parse_member(str(args["ref"]))
     with contextlib.suppress(StoreNotFound, StoreLocked):
@@ -101,7 +107,8 @@ def open_raw(args: dict[str, Any], root: Path, *, keeps: bool) -> RawReader:
         if here is not None:
             return RawReader(here)
         store.close()
-    return RawReader(_NetworkSource(args, link, root, keeps=keeps))
+    relay = ProgressRelay(progress) if progress is not None else None
+    return RawReader(_NetworkSource(args, link, root, keeps=keeps, progress=relay))
 
 
 def _in_store(store: Store, link: Link) -> _StoreSource | None:
@@ -252,7 +259,10 @@ async def _opened(link: Link, settings: Settings, *, read_ahead: int = READ_AHEA
 class _NetworkSource:
     """A file that others have, fetched by a thread with an event loop."""
 
-    def __init__(self, args: dict[str, Any], link: Link, root: Path, *, keeps: bool) -> None:
+    def __init__(
+        self, args: dict[str, Any], link: Link, root: Path, *, keeps: bool, progress: ProgressRelay | None
+    ) -> None:
+        self._progress = progress
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
         self._fetch: OrderedFetch | None = None
@@ -311,7 +321,7 @@ class _NetworkSource:
             if link.path is not None:
                 link, settings = await self._find_member(link, link.path, settings)
             if self._content is None:
-                fetch = OrderedFetch(link, settings, keeps=keeps)
+                fetch = OrderedFetch(link, replace(settings, progress=self._progress), keeps=keeps)
                 stack.push_async_callback(fetch.close)
                 await fetch.open()
                 self._fetch = fetch

@@ -12,12 +12,13 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import fastcas
-from fastcas.errors import NoPeers
+from fastcas.errors import FastCASError, NoPeers
 from tests.support.nodes import Node, run_fastcas, start_node
 from tests.support.seeds import bytes_sent, link_of, seeding_node
 
@@ -108,6 +109,30 @@ def test_open_reads_and_seeks_like_a_file(seed: tuple[Node, str], how: str) -> N
         assert file.read() == truth.read()
         assert file.readable() and file.seekable() and not file.writable()
     assert file.closed
+
+
+@pytest.mark.parametrize("how", ["link", "hash"])
+def test_open_tells_of_its_progress(seed: tuple[Node, str], how: str) -> None:
+    node, link = seed
+    told: list[dict[str, Any]] = []
+    ref = link if how == "link" else HASH
+    with fastcas.open(ref, peers=[node.peer], storage_dir="/nonexistent", progress=told.append) as file:
+        assert file.read() == CONTENT
+    counts = [moment["done"] for moment in told]
+    assert counts == sorted(counts) and counts[-1] > 20 * MIB
+    assert {moment["total"] for moment in told} == {len(CONTENT)}
+    assert max(moment["peers"] for moment in told) == 1
+
+
+def test_a_progress_callback_that_raises_ends_the_reading(seed: tuple[Node, str]) -> None:
+    def progress(moment: dict[str, Any]) -> None:
+        raise RuntimeError("from the callback")
+
+    with (
+        fastcas.open(seed[1], storage_dir="/nonexistent", progress=progress) as file,
+        pytest.raises(FastCASError, match=f"^file {HASH[:8]}.*from the callback"),
+    ):
+        file.read()
 
 
 def test_open_serves_zipfile_and_numpy(tmp_path: Path) -> None:
