@@ -30,8 +30,11 @@ bench-tools: build
 	tests/support/install_tools.sh bench
 	$(PY) -m pip install --quiet --disable-pip-version-check libtorrent==2.1.1 zfec==1.6.0.0 pyeclib==1.8.0
 
+# Tests that mind no neighbour run on all cores; those of processes, ports and memory each have the machine to themselves
+SIDE_BY_SIDE := tests/unit tests/kernels tests/model tests/native tests/fuzz tests/faults/test_store_faults.py
 test: build tools
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(SIDE_BY_SIDE)
+	$(PY) -m pytest -q $(addprefix --ignore=,$(SIDE_BY_SIDE))
 
 # The hostile-traffic harnesses for FUZZ_S seconds each with new seeds, then libFuzzer for FUZZ_SECONDS per target.
 FUZZ_S ?= 60
