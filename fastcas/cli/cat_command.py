@@ -10,6 +10,7 @@ import sys
 import click
 
 from fastcas.cli.options import check_fetch, check_network, fetch_options, network_options, storage_option
+from fastcas.cli.render import output_failed
 from fastcas.config import storage_root
 from fastcas.errors import UsageError
 from fastcas.ids import escape_for_terminal, parse_member
@@ -71,4 +72,13 @@ def cat_command(
             first += n
             at = 0
             while at < n:
-                at += os.write(1, buffer[at:n])
+                at += _write(buffer[at:n])
+
+
+def _write(data: memoryview) -> int:
+    try:
+        return os.write(1, data)
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise output_failed(exc) from exc

@@ -22,7 +22,7 @@ from fastcas.cli.options import (
     open_storage,
     storage_option,
 )
-from fastcas.cli.render import ProgressShow, bytes_text, print_json, print_line
+from fastcas.cli.render import ProgressShow, bytes_text, print_json, print_line, print_note
 from fastcas.cli.runner import resume_hint
 from fastcas.errors import UsageError
 from fastcas.ids import escape_for_terminal, parse_member
@@ -98,12 +98,12 @@ def _say_sources(result: dict[str, Any]) -> None:
     rate = bytes_text(result["size"] / seconds)
     count = len(result["bytes_by_peer"])
     total = f"{bytes_text(result['size'])} in {seconds:.1f} s, {rate}/s, {count} peer{'' if count == 1 else 's'}"
-    sys.stderr.write(f"{total}: {', '.join(parts)}{''.join(banned)}\n")
+    print_note(f"{total}: {', '.join(parts)}{''.join(banned)}")
 
 
 def _say_chosen(chosen: dict[str, Any]) -> None:
     sizes = f"{bytes_text(chosen['size'])} of {bytes_text(chosen['size_total'])}"
-    sys.stderr.write(f"chosen: {chosen['files']} of {chosen['files_total']} files, {sizes}\n")
+    print_note(f"chosen: {chosen['files']} of {chosen['files_total']} files, {sizes}")
 
 
 def _say_limits(explained: dict[str, Any]) -> None:
@@ -116,4 +116,4 @@ def _say_limits(explained: dict[str, Any]) -> None:
         return CAUSES.get(cause, cause)
 
     shares = [f"{share:.0%} {words(cause)}" for cause, share in explained["shares"].items() if share >= 0.01]
-    sys.stderr.write(f"limited by {words(explained['limited_by'])}: {', '.join(shares)}\n")
+    print_note(f"limited by {words(explained['limited_by'])}: {', '.join(shares)}")

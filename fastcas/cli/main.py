@@ -23,7 +23,7 @@ from fastcas.cli.options import (
     open_storage,
     storage_option,
 )  # fmt: skip
-from fastcas.cli.render import ProgressShow, bytes_text, print_json, print_line, print_table
+from fastcas.cli.render import ProgressShow, bytes_text, print_json, print_line, print_note, print_table
 from fastcas.cli.runner import resume_hint, run_command
 from fastcas.config import storage_root
 from fastcas.errors import DamageFound, NotFound, PermissionDenied, UsageError
@@ -189,7 +189,7 @@ def peers_command(
     else:
         print_table([[f"{ip}:{port}", node_id or "-", source] for node_id, ip, port, source in result["peers"]])
         if result["peers"] and result["dht"] is not None:
-            sys.stderr.write(f"DHT: {_dht_text(result['dht'])}\n")
+            print_note(f"DHT: {_dht_text(result['dht'])}")
     if not result["peers"]:
         raise NotFound(f"no peer has {link.file_hash.hex()}")
 
@@ -373,11 +373,11 @@ def rebuild_command(storage_dir: str, as_json: bool) -> None:
         print_json(asdict(report))
         return
     for subject, reason in report.left_out:
-        sys.stderr.write(f"left out {subject}: {reason}\n")
+        print_note(f"left out {subject}: {reason}")
     incomplete = f", {report.incomplete} of them incomplete" if report.incomplete else ""
     print_line(f"{report.files} files{incomplete}, {report.chunks} chunks, {bytes_text(report.bytes)} checked")
     if report.old_catalog is not None:
-        sys.stderr.write(f"the old catalog is kept as {escape_for_terminal(report.old_catalog)}\n")
+        print_note(f"the old catalog is kept as {escape_for_terminal(report.old_catalog)}")
 
 
 @command.command("migrate")
@@ -395,7 +395,7 @@ def migrate_command(old_dir: str, storage_dir: str, as_json: bool) -> None:
     for stored in result["files"]:
         print_line(f"{stored['file_hash']}  {escape_for_terminal(stored['name'])}")
     for subject, reason in result["left_out"]:
-        sys.stderr.write(f"left out {subject}: {reason}\n")
+        print_note(f"left out {subject}: {reason}")
     print_line(f"Imported {len(result['files'])} files, {bytes_text(result['bytes'])}")
 
 

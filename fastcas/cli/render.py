@@ -5,29 +5,67 @@ Text that came from peers or disks is escaped. `--json` output is one object on 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any
 
+from fastcas.errors import FastCASError, StoreError, StoreFull
 from fastcas.ids import escape_for_terminal
 
-__all__ = ["ProgressShow", "bytes_text", "print_json", "print_line", "print_table"]
+__all__ = [
+    "ProgressShow", "bytes_text", "discard_output", "output_failed", "print_json", "print_line", "print_note",
+    "print_table",
+]  # fmt: skip
 
 JSON_EVERY_S = 0.5
 JSON_STEPS = 20  # a line at each twentieth of the whole, too, however fast it comes
 
 
+def discard_output() -> None:
+    """Let everything that is still written to stdout vanish: Python's own flush at exit must not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)
+
+
+def output_failed(exc: OSError) -> FastCASError:
+    """Return the typed error of a failed write to stdout, which gets nothing more."""
+    discard_output()
+    text = f"stdout: {exc.strerror}; what was written there is incomplete"
+    return StoreFull(text) if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else StoreError(text)
+
+
 def print_line(text: str) -> None:
-    """Write one line of the result."""
-    sys.stdout.write(text + "\n")
+    """Write one line of the result.
+
+    Raises:
+        BrokenPipeError: Whoever read it has enough.
+        StoreFull, StoreError: It cannot be written.
+    """
+    try:
+        sys.stdout.write(text + "\n")
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise output_failed(exc) from exc
 
 
-def print_json(values: dict[str, Any], stream: TextIO | None = None) -> None:
-    """Write one JSON object as one line, to stdout unless another stream is named."""
-    out = stream or sys.stdout
-    out.write(json.dumps(values, separators=(",", ":")) + "\n")
-    out.flush()
+def print_json(values: dict[str, Any]) -> None:
+    """Write one JSON object as one line of the result; raises as `print_line`."""
+    print_line(_json(values))
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, separators=(",", ":"))
+
+
+def print_note(text: str) -> None:
+    """Write one line to stderr, beside the result; that it cannot be written is no error."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 def bytes_text(count: float) -> str:
@@ -87,7 +125,7 @@ class ProgressShow:
             part = JSON_STEPS * values["done"] // max(values["total"], 1)
             if now - self._last_s >= JSON_EVERY_S or part != self._last_part:
                 self._last_s, self._last_part = now, part
-                print_json({"progress": values}, sys.stderr)
+                print_note(_json({"progress": values}))
         elif self._bar is not None:
             waiting = values.get("waiting_on") or ""
             note = f"waiting for {escape_for_terminal(waiting)}" if waiting else f"{values.get('peers', 0)} peers"

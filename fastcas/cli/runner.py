@@ -5,7 +5,6 @@ Owns the process's exit status. A traceback is shown only with FASTCAS_DEBUG=1.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 
 import click
 
+from fastcas.cli.render import discard_output, output_failed, print_note
 from fastcas.cli.start import raise_interrupts
 from fastcas.errors import FastCASError, Interrupted, UsageError
 from fastcas.ids import escape_for_terminal
@@ -31,11 +31,7 @@ def resume_hint(command: str) -> None:
 def complain(text: str) -> None:
     """Write one line to stderr; never fails."""
     line = " ".join(escape_for_terminal(part) for part in text.splitlines()) or "error"
-    try:
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
-    except OSError:
-        pass
+    print_note(line)
 
 
 def _report(words: Sequence[str], program: str, error: FastCASError) -> None:
@@ -47,9 +43,7 @@ def _report(words: Sequence[str], program: str, error: FastCASError) -> None:
         "type": type(error).__name__, "message": str(error), "exit_code": error.exit_code,
         "retryable": error.retryable, "paths": [{"path": path, "reason": reason} for path, reason in error.paths],
     }  # fmt: skip
-    with contextlib.suppress(OSError):
-        sys.stderr.write(json.dumps({"error": values}, separators=(",", ":")) + "\n")
-        sys.stderr.flush()
+    print_note(json.dumps({"error": values}, separators=(",", ":")))
 
 
 def run_command(command: click.Command, program: str, arguments: Sequence[str] | None = None) -> int:
@@ -57,10 +51,13 @@ def run_command(command: click.Command, program: str, arguments: Sequence[str] |
     try:
         status = _invoke(command, program, arguments)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read our output has enough; Python's own flush at exit must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # whoever read our output has enough
+        discard_output()
         return 0
+    except OSError as exc:
+        error = output_failed(exc)
+        _report(sys.argv[1:] if arguments is None else arguments, program, error)
+        return error.exit_code
     return status
 
 

@@ -21,8 +21,15 @@ _PROGRAM = "fastcas"
 
 
 def fastcas(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `fastcas`; returns the exit status."""
-    return _run("fastcas", "fastcas.cli.main", arguments)
+    """Entry point of `fastcas`; returns the exit status, or ends the process with it.
+
+    Args:
+        arguments: None: the process's own, and nothing comes after them.
+    """
+    status = _run("fastcas", "fastcas.cli.main", arguments)
+    if arguments is None:
+        _leave(status)
+    return status
 
 
 def fastcas_node(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +53,7 @@ def _run(program: str, module: str, arguments: Sequence[str] | None) -> int:
         import signal
         from importlib import import_module
 
+        _open_standard_files()
         gc.set_threshold(*COLLECT)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where interrupts are ignored
             signal.signal(signal.SIGINT, _end)
@@ -53,6 +61,29 @@ def _run(program: str, module: str, arguments: Sequence[str] | None) -> int:
         return status
     except KeyboardInterrupt:
         _end()
+
+
+def _open_standard_files() -> None:
+    """Put nothing where stdin, stdout or stderr is closed: no file of ours may get their numbers."""
+    import sys
+
+    for fd, mode in ((0, "r"), (1, "w"), (2, "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free is `fd`
+            setattr(sys, ("stdin", "stdout", "stderr")[fd], open(fd, mode, closefd=False))  # noqa: SIM115
+
+
+def _leave(status: int) -> None:
+    """End the process without taking its modules apart, which costs 20 ms; only where no thread is left to wait for."""
+    import sys
+    import threading
+
+    if threading.active_count() == 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _end(*_: object) -> NoReturn:
