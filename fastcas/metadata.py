@@ -217,7 +217,7 @@ class Manifest:
         if n == 1 and self.hashes != self.file_hash:
             raise ManifestCorrupt(f"{who}: one chunk but its hash is not the file hash")
 
-    @property
+    @cached_property
     def n_chunks(self) -> int:
         """Number of data chunks."""
         return len(self.hashes) // 32

@@ -43,8 +43,10 @@ void fcas_rx_pool_put(fcas_rx_pool *pool, fcas_rx_buffer *buffer);
 
 /* --- chunks that are complete: checked several at once, written, reported --- */
 
-/* Writes under way per thread: more only wait in the disk's own queue. */
-#define FCAS_RX_WRITES_MAX 64u
+/* Writes under way per thread: more only wait in the disk's own queue, in memory that was cleared for them. A whole
+ * batch of chunks has room. */
+#define FCAS_RX_WRITES_MAX 16u
+_Static_assert(FCAS_RX_WRITES_MAX >= FCAS_RX_TOGETHER, "a batch is prepared before it is submitted");
 
 typedef struct fcas_rx_write {
     struct iocb io;

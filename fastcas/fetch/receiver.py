@@ -189,7 +189,7 @@ class AsyncReceiver:
         for result in self.core.drain():
             callback = waiting.pop(result[0], None)
             if callback is not None:
-                callback(Answer(*result))
+                callback(Answer._make(result))
         if self.on_batch is not None:
             self.on_batch()
 
