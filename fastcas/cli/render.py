@@ -5,15 +5,13 @@ Text that came from peers or disks is escaped. `--json` output is one object on 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import sys
 import time
 from typing import Any
 
-from fastcas.errors import FastCASError, StoreError, StoreFull
+from fastcas.errors import FastCASError
 from fastcas.ids import escape_for_terminal
 
 __all__ = [
@@ -25,16 +23,19 @@ JSON_EVERY_S = 0.5
 JSON_STEPS = 20  # a line at each twentieth of the whole, too, however fast it comes
 
 
-def discard_output() -> None:
-    """Let everything that is still written to stdout vanish: Python's own flush at exit must not complain."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)
+def discard_output(fd: int = 1) -> None:
+    """Let everything that is still written to `fd` vanish: Python's own flush at exit must not complain."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, fd)
+    os.close(nothing)
 
 
 def output_failed(exc: OSError) -> FastCASError:
     """Return the typed error of a failed write to stdout, which gets nothing more."""
+    from fastcas.fetch.partfile import storage_error
+
     discard_output()
-    text = f"stdout: {exc.strerror}; what was written there is incomplete"
-    return StoreFull(text) if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else StoreError(text)
+    return storage_error(exc, "stdout", "what was written there is incomplete")
 
 
 def print_line(text: str) -> None:
@@ -57,15 +58,17 @@ def print_json(values: dict[str, Any]) -> None:
     print_line(_json(values))
 
 
+def print_note(note: str | dict[str, Any]) -> None:
+    """Write one line or JSON object to stderr, beside the result; a stderr that cannot take it gets nothing more."""
+    try:
+        sys.stderr.write((note if isinstance(note, str) else _json(note)) + "\n")
+        sys.stderr.flush()
+    except OSError:
+        discard_output(2)
+
+
 def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, separators=(",", ":"))
-
-
-def print_note(text: str) -> None:
-    """Write one line to stderr, beside the result; that it cannot be written is no error."""
-    with contextlib.suppress(OSError):
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
 
 
 def bytes_text(count: float) -> str:
@@ -125,7 +128,7 @@ class ProgressShow:
             part = JSON_STEPS * values["done"] // max(values["total"], 1)
             if now - self._last_s >= JSON_EVERY_S or part != self._last_part:
                 self._last_s, self._last_part = now, part
-                print_note(_json({"progress": values}))
+                print_note({"progress": values})
         elif self._bar is not None:
             waiting = values.get("waiting_on") or ""
             note = f"waiting for {escape_for_terminal(waiting)}" if waiting else f"{values.get('peers', 0)} peers"

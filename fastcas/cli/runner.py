@@ -5,7 +5,6 @@ Owns the process's exit status. A traceback is shown only with FASTCAS_DEBUG=1.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -43,7 +42,7 @@ def _report(words: Sequence[str], program: str, error: FastCASError) -> None:
         "type": type(error).__name__, "message": str(error), "exit_code": error.exit_code,
         "retryable": error.retryable, "paths": [{"path": path, "reason": reason} for path, reason in error.paths],
     }  # fmt: skip
-    print_note(json.dumps({"error": values}, separators=(",", ":")))
+    print_note({"error": values})
 
 
 def run_command(command: click.Command, program: str, arguments: Sequence[str] | None = None) -> int:

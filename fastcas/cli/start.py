@@ -67,12 +67,10 @@ def _open_standard_files() -> None:
     """Put nothing where stdin, stdout or stderr is closed: no file of ours may get their numbers."""
     import sys
 
-    for fd, mode in ((0, "r"), (1, "w"), (2, "w")):
-        try:
-            os.fstat(fd)
-        except OSError:
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # Python found it closed
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free is `fd`
-            setattr(sys, ("stdin", "stdout", "stderr")[fd], open(fd, mode, closefd=False))  # noqa: SIM115
+            setattr(sys, name, os.fdopen(fd, "w" if fd else "r", closefd=False))
 
 
 def _leave(status: int) -> None:

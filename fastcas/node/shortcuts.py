@@ -19,7 +19,7 @@ from fastcas.node.access import open_access
 from fastcas.store import StoredFile
 from fastcas.store.paths import shown
 
-__all__ = ["Peer", "get", "peer_text", "rate_of", "store"]
+__all__ = ["Peer", "Progress", "get", "peer_text", "rate_of", "store"]
 
 T = TypeVar("T")
 Peer = str | tuple[str, int] | PeerAddr

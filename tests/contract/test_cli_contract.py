@@ -275,29 +275,35 @@ def test_reader_that_goes_away_is_no_error(tmp_path: Path, content_file: tuple[P
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", [["ls"], ["ls", "--json"], ["cat"]])
 def test_full_disk_behind_stdout_exits_8_with_one_line(
-    tmp_path: Path, content_file: tuple[Path, str], command: list[str]
+    tmp_path: Path, content_file: tuple[Path, str], command: list[str], unbuffered: str
 ) -> None:
     path, file_hash = content_file
     run_fastcas("store", str(path), "--storage-dir", str(tmp_path / "s"))
     words = [*command, *([file_hash] if command == ["cat"] else []), "--storage-dir", str(tmp_path / "s")]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "fastcas", *words], stdout=full, stderr=subprocess.PIPE, timeout=30, check=False
-        )
+            [sys.executable, "-m", "fastcas", *words], stdout=full, stderr=subprocess.PIPE, timeout=30, check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
     assert done.returncode == 8
     assert done.stderr.count(b"\n") == 1 and b"stdout: No space left on device" in done.stderr
 
 
-def test_notes_that_nobody_can_read_are_no_error(tmp_path: Path, content_file: tuple[Path, str]) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_notes_that_nobody_can_read_are_no_error(
+    tmp_path: Path, content_file: tuple[Path, str], unbuffered: str
+) -> None:
     path, file_hash = content_file
     run_fastcas("store", str(path), "--storage-dir", str(tmp_path / "s"))
     words = ["get", file_hash, "-o", str(tmp_path / "o"), "--storage-dir", str(tmp_path / "s"), "--json"]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "fastcas", *words], stdout=subprocess.PIPE, stderr=full, timeout=30, check=False
-        )
+            [sys.executable, "-m", "fastcas", *words], stdout=subprocess.PIPE, stderr=full, timeout=30, check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
     assert done.returncode == 0 and json.loads(done.stdout)["size"] == path.stat().st_size
 
 
