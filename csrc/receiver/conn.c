@@ -73,7 +73,8 @@ void fcas_rx_conn_finish(fcas_rx_conn *c, int outcome)
         free(r->body);
         r->body = NULL;
     }
-    fcas_rx_deliver(c->owner->rx, r, outcome);
+    r->outcome = outcome;
+    fcas_rx_deliver(c->owner->rx, r, r);
 }
 
 /* The connection is broken. The oldest request is to blame, unless it may be asked again. */

@@ -69,6 +69,9 @@ typedef struct {
     size_t n_writing;
     fcas_rx_write *free_writes;
     fcas_rx_write writes[FCAS_RX_WRITES_MAX];
+    fcas_rx_request *ended_first, *ended_last; /* the caller has not been told of them yet */
+    size_t n_ended;
+    uint64_t ended_since_us; /* the oldest of them */
     _Atomic uint64_t hash_ns, write_ns; /* spent; written by the thread only */
 } fcas_rx_settler;
 
@@ -81,8 +84,10 @@ void fcas_rx_settler_destroy(fcas_rx_settler *s);
 void fcas_rx_settler_add(fcas_rx_settler *s, fcas_rx_request *request, fcas_rx_buffer *buffer);
 /* Check what is whole, write what is right. */
 void fcas_rx_settle(fcas_rx_settler *s);
-/* written_fd is readable: report the writes that are done. */
+/* written_fd is readable: take the writes that are done. */
 void fcas_rx_settler_written(fcas_rx_settler *s);
+/* Tell the caller of all chunks that have ended. */
+void fcas_rx_settler_tell(fcas_rx_settler *s);
 
 /* --- threads --- */
 typedef struct {
@@ -211,7 +216,7 @@ bool fcas_rx_conn_have_buffer(fcas_rx_conn *c);
 bool fcas_rx_conn_digest_head(fcas_rx_conn *c);
 
 void fcas_rx_conn_free(fcas_rx_conn *conn);
-/* Hand a finished request to the caller's queue. */
-void fcas_rx_deliver(fcas_rx *rx, fcas_rx_request *request, int outcome);
+/* Hand finished requests, linked from first to last, to the caller's queue. */
+void fcas_rx_deliver(fcas_rx *rx, fcas_rx_request *first, fcas_rx_request *last);
 
 #endif

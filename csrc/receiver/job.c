@@ -197,13 +197,19 @@ static bool link_holds(fcas_rx_check *check, const fcas_rx_layout *layout, uint3
            memcmp(after, layout->midstates + 32 * (size_t)index, 32) == 0;
 }
 
+const uint8_t *fcas_rx_job_hash(const fcas_rx_job *job, uint32_t index)
+{
+    const fcas_rx_layout *layout = &job->layout;
+    return index < layout->n_chunks ? layout->hashes + 32 * (size_t)index
+                                    : layout->parity_hashes + 32 * (size_t)(index - layout->n_chunks);
+}
+
 unsigned fcas_rx_check_end(fcas_rx_check *check, const fcas_rx_job *job, uint32_t index, const uint8_t *p,
                            uint8_t digest[32])
 {
     const fcas_rx_layout *layout = &job->layout;
     const bool is_data = index < layout->n_chunks;
-    const uint8_t *want = is_data ? layout->hashes + 32 * (size_t)index
-                                  : layout->parity_hashes + 32 * (size_t)(index - layout->n_chunks);
+    const uint8_t *want = fcas_rx_job_hash(job, index);
     unsigned flags = check->has_link ? FCAS_RX_HAS_LINK : 0;
 
     if (check->has_link && link_holds(check, layout, index)) {

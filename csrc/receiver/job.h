@@ -61,6 +61,8 @@ void fcas_rx_job_release(fcas_rx_job *job);
 
 /* Bytes of chunk `index` (data first, then parity); 0 when the file has no such chunk. */
 uint32_t fcas_rx_job_length(const fcas_rx_job *job, uint32_t index);
+/* What its bytes hash to, 32 bytes. index: of a chunk that the file has. */
+const uint8_t *fcas_rx_job_hash(const fcas_rx_job *job, uint32_t index);
 
 /* An incremental check: begin, feed the chunk's bytes in order (or all of several chunks at once), end. */
 typedef struct {

@@ -12,6 +12,9 @@
 #define GATHER_US 8000u
 /* and only where they follow each other as fast as this: otherwise whoever waits for them gains more by having them. */
 #define QUICK_US 1000u
+/* While others are being written, chunks that have ended wait so long at most before the caller is told of them all at
+ * once. */
+#define TELL_MS 4
 
 static void writable(fcas_rx_conn *c)
 {
@@ -160,6 +163,14 @@ static void serve_waiting(fcas_rx_thread *t)
     }
 }
 
+/* Whether the caller need not be told yet of the chunks that have ended: it would only be told of others soon. */
+static bool may_keep(const fcas_rx_thread *t)
+{
+    const fcas_rx_settler *s = &t->settler;
+    return s->n_writing > 0 && s->n_ended < FCAS_RX_TOGETHER && t->n_asked > 0 &&
+           fcas_rx_clock_us() - s->ended_since_us < TELL_MS * 1000u;
+}
+
 /* How long to wait for events. Whole chunks wait while more than them are still to come: many are checked at once, and
  * the connections have enough to send meanwhile. */
 static int patience_ms(const fcas_rx_thread *t)
@@ -168,6 +179,9 @@ static int patience_ms(const fcas_rx_thread *t)
     if (s->n_whole > 0) {
         const bool more = t->n_asked > s->n_whole && s->gap_us < QUICK_US;
         return more && fcas_rx_clock_us() - s->whole_since_us < GATHER_US ? 1 : 0;
+    }
+    if (s->n_ended > 0) {
+        return TELL_MS;
     }
     return t->someone_waits ? WAIT_MS : TICK_MS;
 }
@@ -179,6 +193,9 @@ void *fcas_rx_thread_main(void *argument)
     uint64_t next_tick = fcas_rx_clock_us() + TICK_MS * 1000u;
     bool running = true;
     while (running) {
+        if (!may_keep(t)) {
+            fcas_rx_settler_tell(&t->settler);
+        }
         const int wait_ms = patience_ms(t);
         const int n = epoll_wait(t->epoll_fd, events, 64, wait_ms);
         bool ordered = false;

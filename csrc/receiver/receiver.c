@@ -204,40 +204,61 @@ fcas_rx_request *fcas_rx_request_new(const char *target, size_t n_target)
     return r;
 }
 
-void fcas_rx_submit(fcas_rx_conn *conn, fcas_rx_request *request)
+fcas_rx_request *fcas_rx_request_chunk(fcas_rx_job *job, uint32_t index)
+{
+    static const char digits[] = "0123456789abcdef";
+    static const char path[] = "/chunks/";
+    char target[sizeof path - 1 + 64];
+    const uint8_t *hash = fcas_rx_job_hash(job, index);
+    memcpy(target, path, sizeof path - 1);
+    for (size_t i = 0; i < 32; i++) {
+        target[sizeof path - 1 + 2 * i] = digits[hash[i] >> 4];
+        target[sizeof path + 2 * i] = digits[hash[i] & 15];
+    }
+    fcas_rx_request *r = fcas_rx_request_new(target, sizeof target);
+    if (r != NULL) {
+        r->job = job;
+        r->index = index;
+    }
+    return r;
+}
+
+void fcas_rx_submit(fcas_rx_conn *conn, fcas_rx_request *requests)
 {
     fcas_rx_thread *t = conn->owner;
-    request->conn = conn;
-    request->next = NULL;
-    if (request->job != NULL) {
-        fcas_rx_job_hold(request->job);
+    fcas_rx_request *last = requests;
+    for (fcas_rx_request *r = requests; r != NULL; r = r->next) {
+        r->conn = conn;
+        if (r->job != NULL) {
+            fcas_rx_job_hold(r->job);
+        }
+        last = r;
     }
     pthread_mutex_lock(&t->lock);
     const bool was_empty = t->inbox_first == NULL;
     if (was_empty) {
-        t->inbox_first = request;
+        t->inbox_first = requests;
     } else {
-        t->inbox_last->next = request;
+        t->inbox_last->next = requests;
     }
-    t->inbox_last = request;
+    t->inbox_last = last;
     pthread_mutex_unlock(&t->lock);
     if (was_empty) {
         wake(t);
     }
 }
 
-void fcas_rx_deliver(fcas_rx *rx, fcas_rx_request *request, int outcome)
+void fcas_rx_deliver(fcas_rx *rx, fcas_rx_request *first, fcas_rx_request *last)
 {
-    request->outcome = outcome;
-    request->next = NULL;
+    last->next = NULL;
     pthread_mutex_lock(&rx->lock);
     const bool was_empty = rx->done_first == NULL;
     if (was_empty) {
-        rx->done_first = request;
+        rx->done_first = first;
     } else {
-        rx->done_last->next = request;
+        rx->done_last->next = first;
     }
-    rx->done_last = request;
+    rx->done_last = last;
     pthread_mutex_unlock(&rx->lock);
     if (was_empty) {
         const uint64_t one = 1;

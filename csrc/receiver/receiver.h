@@ -61,6 +61,7 @@ typedef struct fcas_rx_request {
     fcas_rx_conn *conn;
     /* asked */
     uint64_t id;           /* the caller's, comes back */
+    bool     chosen;       /* by the peer: a NEXT */
     fcas_rx_job *job;      /* NULL: into memory */
     uint32_t index;        /* of the chunk; FCAS_RX_ANY_INDEX until the answer to a NEXT names it */
     bool     has_hash;     /* memory: `hash` is what the body must hash to */
@@ -104,8 +105,11 @@ uint64_t fcas_rx_conn_bytes(const fcas_rx_conn *conn);
 
 /* Allocate a request; target is copied (at most 1,000 bytes, else NULL). Fill in the rest, then submit. */
 fcas_rx_request *fcas_rx_request_new(const char *target, size_t n_target);
-/* Queue it; it belongs to the receiver until it comes back from fcas_rx_take. Holds its job. */
-void fcas_rx_submit(fcas_rx_conn *conn, fcas_rx_request *request);
+/* The same for a chunk of a job's file, asked for by its hash. index: of a chunk that the file has. */
+fcas_rx_request *fcas_rx_request_chunk(fcas_rx_job *job, uint32_t index);
+/* Queue one or more requests, linked by ->next, in their order; they belong to the receiver until they come back from
+ * fcas_rx_take. Holds their jobs. Wakes the connection's thread once at most. */
+void fcas_rx_submit(fcas_rx_conn *conn, fcas_rx_request *requests);
 /* All finished requests, oldest first, linked by ->next; clears the eventfd. Each is to be given to
  * fcas_rx_request_free. */
 fcas_rx_request *fcas_rx_take(fcas_rx *rx);

@@ -32,10 +32,31 @@ fcas_status fcas_rx_settler_init(fcas_rx_settler *s, fcas_rx *rx)
     return FCAS_OK;
 }
 
+static void end(fcas_rx_settler *s, fcas_rx_request *r, int outcome)
+{
+    r->outcome = outcome;
+    r->next = NULL;
+    if (s->n_ended++ == 0) {
+        s->ended_since_us = fcas_rx_clock_us();
+        s->ended_first = r;
+    } else {
+        s->ended_last->next = r;
+    }
+    s->ended_last = r;
+}
+
+void fcas_rx_settler_tell(fcas_rx_settler *s)
+{
+    if (s->n_ended > 0) {
+        fcas_rx_deliver(s->rx, s->ended_first, s->ended_last);
+        s->n_ended = 0;
+    }
+}
+
 static void report(fcas_rx_settler *s, fcas_rx_request *r, fcas_rx_buffer *buffer, int outcome)
 {
     fcas_rx_pool_put(&s->rx->pool, buffer);
-    fcas_rx_deliver(s->rx, r, outcome);
+    end(s, r, outcome);
 }
 
 static void write_now(fcas_rx_settler *s, fcas_rx_request *r, fcas_rx_buffer *buffer)
@@ -73,7 +94,7 @@ static void give_up(fcas_rx_settler *s, int error)
             write_now(s, r, w->buffer);
         } else {
             r->sys_errno = error;
-            fcas_rx_deliver(s->rx, r, FCAS_RX_WRITE_FAILED);
+            end(s, r, FCAS_RX_WRITE_FAILED);
         }
     }
 }
@@ -152,7 +173,7 @@ static void submit(fcas_rx_settler *s, struct iocb **ios, long n)
         if (taken <= 0) {
             break;
         }
-        for (const long end = done + taken; done < end; done++) {
+        for (const long until = done + taken; done < until; done++) {
             ((fcas_rx_write *)(uintptr_t)ios[done]->aio_data)->is_submitted = true;
             s->n_writing++;
         }
@@ -231,6 +252,7 @@ void fcas_rx_settler_destroy(fcas_rx_settler *s)
         report(s, s->requests[i], s->buffers[i], FCAS_RX_CANCELLED);
     }
     s->n_whole = 0;
+    fcas_rx_settler_tell(s);
     if (s->written_fd >= 0) {
         close(s->written_fd);
     }

@@ -51,6 +51,32 @@ class Job:
         """
 
 @final
+class Answer:
+    """One finished request. Only the receiver makes them.
+
+    Attributes:
+        outcome: `receiver.Outcome`.
+        chosen: The peer chose the chunk (`get_next`).
+        chunk: Its number; meaningless where the peer named none, and of a request into memory.
+        flags: Bits of the check, as of `Job.take`.
+        length: Bytes of body that arrived.
+        service_us: From being the oldest request of its connection, sent, to its last byte, microseconds.
+        connect_us: How long the connection took to open, microseconds.
+        detail: Number of the refusal, else errno, else HTTP status.
+        body: The bytes of a memory request, or what a corrupt body hashed to.
+    """
+
+    outcome: int
+    chosen: bool
+    chunk: int
+    flags: int
+    length: int
+    service_us: int
+    connect_us: int
+    detail: int
+    body: bytes | None
+
+@final
 class Receiver:
     """Threads with an epoll loop each, and one queue of results."""
 
@@ -85,18 +111,15 @@ class Receiver:
             node_id: Ours, sent as `Fastcas-Peer`; 1..64 lower-case hex digits.
         """
 
-    def drain(self) -> list[tuple[int, int, int, int, int, int, int, int, bytes | None]]:
-        """Return all finished requests, oldest first.
-
-        Returns:
-            (request id, outcome, chunk index, check bits, bytes, service µs, connect µs, detail, body) each;
-            detail = number of the refusal, else errno, else HTTP status; body = the bytes of a memory request,
-            or what a corrupt body hashed to.
-        """
+    def drain(self) -> dict[int, list[Answer]]:
+        """Return all finished requests by listener, those of each oldest first."""
 
 @final
 class Connection:
-    """One connection to one peer. Requests on it are answered in order."""
+    """One connection to one peer. Requests on it are answered in order.
+
+    Each takes the number of a listener, under which `Receiver.drain` returns its answer.
+    """
 
     def close(self) -> None:
         """Close it; outstanding requests end as cancelled. Idempotent."""
@@ -105,15 +128,19 @@ class Connection:
     def n_received(self) -> int:
         """Bytes of successful answers' bodies received on it so far."""
 
-    def get_chunk(self, request_id: int, job: Job, index: int, chunk_hash: bytes) -> None:
-        """Ask for chunk `index` by its hash; its bytes go to the job's file once they are proven."""
+    def get_chunks(self, listener: int, job: Job, chunks: list[int]) -> None:
+        """Ask for chunks by their hashes; their bytes go to the job's file once they are proven.
 
-    def get_next(self, request_id: int, job: Job, target: bytes, first_byte_s: float) -> None:
+        Raises:
+            IndexError: The file has no such chunk; none was asked for.
+        """
+
+    def get_next(self, listener: int, job: Job, target: bytes, first_byte_s: float) -> None:
         """Ask for a chunk that the peer chooses (`/swarm/<hash>/next`)."""
 
     def get(
         self,
-        request_id: int,
+        listener: int,
         target: bytes,
         max_length: int,
         expected_hash: bytes | None = None,

@@ -93,6 +93,7 @@ cdef extern from "receiver/receiver.h" nogil:
     ctypedef struct fcas_rx_request:
         fcas_rx_request *next
         uint64_t id
+        bint chosen
         fcas_rx_job *job
         uint32_t index
         bint has_hash
@@ -119,6 +120,7 @@ cdef extern from "receiver/receiver.h" nogil:
     void fcas_rx_close(fcas_rx_conn *)
     uint64_t fcas_rx_conn_bytes(const fcas_rx_conn *)
     fcas_rx_request *fcas_rx_request_new(const char *, size_t)
+    fcas_rx_request *fcas_rx_request_chunk(fcas_rx_job *, uint32_t)
     void fcas_rx_submit(fcas_rx_conn *, fcas_rx_request *)
     fcas_rx_request *fcas_rx_take(fcas_rx *)
     void fcas_rx_request_free(fcas_rx_request *)
@@ -215,6 +217,20 @@ cdef class Job:
 
 
 @cython.final
+@cython.freelist(64)
+cdef class Answer:
+    cdef readonly int outcome
+    cdef readonly bint chosen
+    cdef readonly uint32_t chunk
+    cdef readonly unsigned flags
+    cdef readonly uint64_t length
+    cdef readonly uint64_t service_us
+    cdef readonly uint64_t connect_us
+    cdef readonly int detail
+    cdef readonly bytes body
+
+
+@cython.final
 cdef class Receiver:
     cdef fcas_rx *_rx
 
@@ -262,24 +278,44 @@ cdef class Receiver:
     def drain(self):
         cdef fcas_rx_request *r
         cdef fcas_rx_request *following
-        cdef list out = []
+        cdef Answer answer
+        cdef list same = None
+        cdef uint64_t number = 0
+        cdef dict out = {}
         if self._rx == NULL:
             return out
         r = fcas_rx_take(self._rx)
         while r != NULL:
             following = r.next
-            body = None
+            answer = Answer.__new__(Answer)
+            answer.outcome = r.outcome
+            answer.chosen = r.chosen
+            answer.chunk = r.index
+            answer.flags = r.flags
+            answer.length = r.length
+            answer.service_us = r.service_us
+            answer.connect_us = r.connect_us
+            answer.detail = r.refusal if r.refusal else r.sys_errno if r.sys_errno else r.http_status
             if r.body != NULL and r.outcome == FCAS_RX_OK:
-                body = PyBytes_FromStringAndSize(<char *>r.body, <Py_ssize_t>r.length)
+                answer.body = PyBytes_FromStringAndSize(<char *>r.body, <Py_ssize_t>r.length)
             elif r.outcome == FCAS_RX_CORRUPT:
-                body = PyBytes_FromStringAndSize(<char *>r.digest, 32)
-            out.append((
-                r.id, r.outcome, r.index, r.flags, r.length, r.service_us, r.connect_us,
-                r.refusal if r.refusal else r.sys_errno if r.sys_errno else r.http_status, body,
-            ))
+                answer.body = PyBytes_FromStringAndSize(<char *>r.digest, 32)
+            if same is None or r.id != number:
+                number = r.id
+                same = out.setdefault(number, [])
+            same.append(answer)
             fcas_rx_request_free(r)
             r = following
         return out
+
+
+cdef void _free_unsubmitted(fcas_rx_request *r) noexcept:
+    cdef fcas_rx_request *following
+    while r != NULL:
+        following = r.next
+        r.job = NULL  # only fcas_rx_submit takes a hold on it
+        fcas_rx_request_free(r)
+        r = following
 
 
 @cython.final
@@ -339,37 +375,49 @@ cdef class Connection:
         if request == NULL:
             raise MemoryError("request")
         if self._conn == NULL or self._receiver._rx == NULL:
-            request.job = NULL  # only fcas_rx_submit takes a hold on it
-            fcas_rx_request_free(request)
+            _free_unsubmitted(request)
             raise ValueError("connection is closed")
         fcas_rx_submit(self._conn, request)
         return 0
 
-    def get_chunk(self, uint64_t request_id, Job job not None, uint32_t index, bytes chunk_hash not None):
-        cdef bytes target = b"/chunks/" + chunk_hash.hex().encode()
+    def get_chunks(self, uint64_t listener, Job job not None, list chunks not None):
+        cdef fcas_rx_request *first = NULL
+        cdef fcas_rx_request *last = NULL
         cdef fcas_rx_request *r
-        if fcas_rx_job_length(job._job, index) == 0:
-            raise IndexError(f"chunk {index}: the file has no such chunk")
-        r = fcas_rx_request_new(target, len(target))
-        if r != NULL:
-            r.id = request_id
-            r.job = job._job
-            r.index = index
-        self._submit(r)
+        cdef uint32_t index
+        try:
+            for index in chunks:
+                if fcas_rx_job_length(job._job, index) == 0:
+                    raise IndexError(f"chunk {index}: the file has no such chunk")
+                r = fcas_rx_request_chunk(job._job, index)
+                if r == NULL:
+                    raise MemoryError("request")
+                r.id = listener
+                if first == NULL:
+                    first = r
+                else:
+                    last.next = r
+                last = r
+        except BaseException:
+            _free_unsubmitted(first)
+            raise
+        if first != NULL:
+            self._submit(first)
 
-    def get_next(self, uint64_t request_id, Job job not None, bytes target not None, double first_byte_s):
+    def get_next(self, uint64_t listener, Job job not None, bytes target not None, double first_byte_s):
         cdef fcas_rx_request *r
         if not _TARGET.fullmatch(target):
             raise ValueError("target: not a plain path and query")
         r = fcas_rx_request_new(target, len(target))
         if r != NULL:
-            r.id = request_id
+            r.id = listener
+            r.chosen = True
             r.job = job._job
             r.index = FCAS_RX_ANY_INDEX
             r.first_byte_ms = <uint32_t>(first_byte_s * 1000)
         self._submit(r)
 
-    def get(self, uint64_t request_id, bytes target not None, uint64_t max_length, expected_hash=None,
+    def get(self, uint64_t listener, bytes target not None, uint64_t max_length, expected_hash=None,
             double first_byte_s=0.0):
         cdef fcas_rx_request *r
         cdef bytes wanted = b"" if expected_hash is None else expected_hash
@@ -379,7 +427,7 @@ cdef class Connection:
             raise ValueError("expected_hash: expected 32 bytes")
         r = fcas_rx_request_new(target, len(target))
         if r != NULL:
-            r.id = request_id
+            r.id = listener
             r.max_length = max_length
             r.first_byte_ms = <uint32_t>(first_byte_s * 1000)
             if expected_hash is not None:

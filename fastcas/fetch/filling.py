@@ -11,11 +11,11 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING
 
 from fastcas.errors import FastCASError
-from fastcas.fetch._receiver import Job
+from fastcas.fetch._receiver import Answer, Job
 from fastcas.fetch.alarm import Alarm
 from fastcas.fetch.crowd import Crowd
 from fastcas.fetch.download import LocalChunks, Progress, Settings
@@ -25,7 +25,7 @@ from fastcas.fetch.origins import LACKING_S, Origins
 from fastcas.fetch.partfile import PartFile, storage_error
 from fastcas.fetch.patience import SLOW_BPS, TICK_S, Patience, stuck, too_slow
 from fastcas.fetch.rebuild import ParityPlan
-from fastcas.fetch.receiver import HASH_OK, Answer, AsyncReceiver, Outcome, describe
+from fastcas.fetch.receiver import HASH_OK, AsyncReceiver, Outcome, describe
 from fastcas.fetch.remote import Remote
 from fastcas.fetch.scheduler import Ask, Scheduler, bits, to_set
 from fastcas.fetch.swarmview import next_target
@@ -43,6 +43,7 @@ LOCAL_BATCH = 16  # chunks checked per visit to a thread
 OTHERS_S = 1.0  # others who started with us are known by then
 PARITY_AFTER_S = 1.0  # nobody has had a data chunk for so long: parity is asked for
 REPORTS = 20  # of progress per file at least, however fast it comes
+OK = Outcome.OK
 CUTS_MAX = 3  # answers cut short in a row before the peer is banned
 
 
@@ -80,6 +81,7 @@ class Filling:
             links_alone=not serves,
         )  # fmt: skip
         self._data = chain.wanted
+        self._n_data = manifest.n_chunks
         missing = self._data & ~to_set(part.candidates, manifest.n_chunks)
         self._held_back = missing if settings.seeds is not None else 0  # chunk set: peers are asked after seed files
         is_new = missing == self._data
@@ -104,7 +106,7 @@ class Filling:
         self._here = 0  # chunk set: checked and in its place
         self._bytes_done = 0
         self._report_at = 0
-        self._unlisted: list[tuple[int, bool]] = []
+        self._unlisted: list[int] = []
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._local_work: asyncio.Task[None] | None = None
         self._alarm = Alarm(self._pump)
@@ -147,6 +149,7 @@ class Filling:
     # --- chunks from peers ---
 
     def _on_have(self, remote: Remote) -> None:
+        remote.on_answers = self._on_answers
         self._scheduler.add_peer(remote.addr)
         if not self.chain.takes_any:
             self._scheduler.peers[remote.addr].gives_next = False
@@ -168,16 +171,20 @@ class Filling:
             return
         manifest = self.manifest
         now = time.monotonic()
-        for ask in self._decide(now):
-            remote = self._crowd.remotes[ask.peer]  # type: ignore[index]
-            if ask.index is None:
+        by_number: dict[Hashable, list[int]] = {}
+        for peer, index in self._decide(now):
+            if index is None:
                 target = next_target(
                     manifest.file_hash, manifest.manifest_hash, self.chain.first_allowed,
                     data_port=self._settings.data_port, node_id=self._settings.node_id,
                 )  # fmt: skip
-                remote.ask_next(self._job, target, self._answer_to(remote, ask))
+                self._crowd.remotes[peer].ask_next(self._job, target)  # type: ignore[index]
+            elif (chunks := by_number.get(peer)) is not None:
+                chunks.append(index)
             else:
-                remote.ask_chunk(self._job, ask.index, manifest.hash_of(ask.index), self._answer_to(remote, ask))
+                by_number[peer] = [index]
+        for peer, chunks in by_number.items():
+            self._crowd.remotes[peer].ask_chunks(self._job, chunks)  # type: ignore[index]
         cause, n_unheld = self._waits_for()
         at = self._scheduler.wake_at(now)
         if cause == "max_download" and self._pace is not None:
@@ -232,9 +239,6 @@ class Filling:
         self._scheduler.allowed = self.chain.allowed()
         self._pump()
 
-    def _answer_to(self, remote: Remote, ask: Ask) -> Callable[[Answer], None]:
-        return lambda answer: self._on_answer(remote, ask.index, answer)
-
     def _after_batch(self) -> None:  # hot
         self._list_written()
         if self._here & self._data == self._data and not self._ended.done():
@@ -245,29 +249,51 @@ class Filling:
         if self._bytes_done >= self._report_at:
             self._report(time.monotonic())
 
-    def _on_answer(self, remote: Remote, index: int | None, answer: Answer) -> None:  # hot
-        if self._pace is not None and answer.outcome != Outcome.OK:
+    def _on_answers(self, remote: Remote, answers: list[Answer]) -> None:  # hot
+        now = time.monotonic()
+        right: list[Answer] = []
+        for answer in answers:
+            if answer.outcome == OK:
+                if answer.chosen:
+                    self._scheduler.asked(remote.addr, answer.chunk, now)
+                if judge(answer.flags, is_data=answer.chunk < self._n_data) is Verdict.RIGHT:
+                    right.append(answer)
+                    continue
+            if right:  # what came before a failure counts before it
+                self._on_right(remote, right, now)
+                right = []
+            self._on_failure(remote, answer, now)
+        if right:
+            self._on_right(remote, right, now)
+
+    def _on_right(self, remote: Remote, answers: list[Answer], now: float) -> None:  # hot
+        if self._ended.done():
+            return
+        chunks = [answer.chunk for answer in answers]
+        n_bytes = sum([answer.length for answer in answers])
+        remote.n_bytes += n_bytes
+        remote.n_cut = 0
+        self._scheduler.completed(remote.addr, chunks, now, n_bytes, answers[-1].connect_us / 1e6)
+        self._chunks_here(chunks)
+
+    def _on_failure(self, remote: Remote, answer: Answer, now: float) -> None:
+        """A request that brought no chunk, or one that is not what the manifest says."""
+        index = None if answer.chosen else answer.chunk
+        if self._pace is not None and answer.outcome != OK:
             self._pace.spend(answer.length - self._length_of(index))
         if self._ended.done():
             return
-        scheduler, manifest, key, outcome = self._scheduler, self.manifest, remote.addr, answer.outcome
-        now = time.monotonic()
+        scheduler, key, outcome = self._scheduler, remote.addr, answer.outcome
         if outcome in (Outcome.OK, Outcome.CORRUPT):
             if index is None:
                 index = answer.chunk
-                scheduler.asked(key, index, now)
-            verdict = judge(answer.flags, is_data=index < manifest.n_chunks)
-            if verdict is Verdict.RIGHT:
-                remote.n_bytes += answer.length
-                remote.n_cut = 0
-                scheduler.completed(key, index, now, answer.length, answer.connect_us / 1e6)
-                self._chunk_here(index)
-                return
+                if outcome != OK:
+                    scheduler.asked(key, index, now)
             scheduler.lost(key, index)
-            if verdict is Verdict.PEER:
-                self._crowd.ban(remote, f"chunk {short(manifest.hash_of(index))}: {describe(answer)}")
+            if judge(answer.flags, is_data=index < self._n_data) is Verdict.PEER:
+                self._crowd.ban(remote, f"chunk {short(self.manifest.hash_of(index))}: {describe(answer)}")
             else:
-                self.fail(convicted(manifest, index, str(key)))
+                self.fail(convicted(self.manifest, index, str(key)))
         elif outcome == Outcome.BUSY:
             scheduler.busy(key, index, now)
         elif index is None and outcome == Outcome.NOTHING:
@@ -295,28 +321,30 @@ class Filling:
     def _subject(self, index: int | None) -> str:
         return "next chunk" if index is None else f"chunk {short(self.manifest.hash_of(index))}"
 
-    def _chunk_here(self, index: int) -> None:  # hot
-        """Chunk `index` is in its place and right."""
-        bit = 1 << index
-        if self._here & bit:
-            return
-        self._here |= bit
-        if self._parity is not None:
-            self._parity.add(index)
-        if index >= self.manifest.n_chunks:
-            return
-        self._bytes_done += self.manifest.length_of(index)
-        if self.chain.is_checked and self.chain.link_holds(index):
-            self._scheduler.allowed = self.chain.allowed()
-        if not self._part.candidates.get(index):  # else the journal lists it already
-            self._unlisted.append((index, self.chain.is_checked))
-        if self._settings.hooks is not None:
-            self._settings.hooks.on_chunk(index)
+    def _chunks_here(self, chunks: Iterable[int]) -> None:  # hot
+        """These chunks are in their places and right."""
+        listed, hooks = self._part.candidates, self._settings.hooks
+        for index in chunks:
+            bit = 1 << index
+            if self._here & bit:
+                continue
+            self._here |= bit
+            if self._parity is not None:
+                self._parity.add(index)
+            if index >= self._n_data:
+                continue
+            self._bytes_done += self.manifest.length_of(index)
+            if self.chain.is_checked and self.chain.link_holds(index):
+                self._scheduler.allowed = self.chain.allowed()
+            if not listed.get(index):  # else the journal lists it already
+                self._unlisted.append(index)
+            if hooks is not None:
+                hooks.on_chunk(index)
 
     def _list_written(self) -> None:
         unlisted, self._unlisted = self._unlisted, []
         try:
-            self._part.journal.add(unlisted)
+            self._part.journal.add(unlisted, link_checked=self.chain.is_checked)
         except OSError as exc:
             self.fail(storage_error(exc, str(self._part.journal.path), "the part file is kept and can be resumed"))
 
@@ -330,7 +358,7 @@ class Filling:
         for index, link_checked in sorted(part.candidates.items()):
             if trust and (link_checked or not self.chain.is_checked):
                 self.resumed_bytes += manifest.length_of(index)
-                self._chunk_here(index)
+                self._chunks_here([index])
             else:
                 doubtful.append(index)
         for at in range(0, len(doubtful), LOCAL_BATCH):
@@ -377,9 +405,9 @@ class Filling:
 
     def _settle(self, index: int, flags: int, where: str) -> int:
         """Count a chunk of this machine if it is right, else fetch it; returns the bytes that count."""
-        if judge(flags, is_data=index < self.manifest.n_chunks) is Verdict.RIGHT:
+        if judge(flags, is_data=index < self._n_data) is Verdict.RIGHT:
             self._scheduler.done(index)
-            self._chunk_here(index)
+            self._chunks_here([index])
             self._after_batch()
             return self.manifest.length_of(index)
         if flags & HASH_OK:
@@ -432,7 +460,7 @@ class Filling:
                 finally:
                     os.close(fd)
             if flags & HASH_OK:
-                self._chunk_here(index)
+                self._chunks_here([index])
             else:
                 self._local_parity &= ~(1 << index)
                 self._scheduler.want(index)

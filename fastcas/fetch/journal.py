@@ -34,6 +34,7 @@ __all__ = ["Journal", "Listed"]
 MAGIC = b"FCASJRN1"
 HEADER = struct.Struct("<8s32s16sQ")
 RECORD = struct.Struct("<IIQ")
+RECORD_HEAD = struct.Struct("<II")
 LINK_CHECKED = 1
 
 
@@ -121,22 +122,22 @@ class Journal:
         self._write(head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head)), 0)
         self._end = HEADER.size + len(records)
 
-    def add(self, chunks: Sequence[tuple[int, bool]]) -> None:
-        """Append chunks whose bytes have been written: (number, link checked). One write.
+    def add(self, chunks: Sequence[int], *, link_checked: bool) -> None:
+        """Append chunks whose bytes have been written. One write.
 
         Raises:
             OSError: The disk refuses. What it took of these records is overwritten by the next.
         """
         if chunks:
-            records = self._records(chunks)
+            records = self._records([(index, link_checked) for index in chunks])
             self._write(records, self._end)
             self._end += len(records)
 
     def _records(self, chunks: Sequence[tuple[int, bool]]) -> bytes:
         out = bytearray()
         for index, link_checked in chunks:
-            head = struct.pack("<II", index, LINK_CHECKED if link_checked else 0)
-            out += head + struct.pack("<Q", self._check(head))
+            flags = LINK_CHECKED if link_checked else 0
+            out += RECORD.pack(index, flags, self._check(RECORD_HEAD.pack(index, flags)))
         return bytes(out)
 
     def _check(self, head: bytes) -> int:

@@ -44,22 +44,37 @@ class PeerState:
     delivered_at: float = -math.inf
     depth: int = 0  # requests in flight that its rate and round trip ask for
 
-    def follow(self, candidates: int) -> int:
-        """Return the next of some chunks (not none) at or after where this peer's run goes on, else the first one."""
-        ahead = candidates >> self.cursor
-        index = self.cursor + lowest(ahead) if ahead else lowest(candidates)
-        self.cursor = index + 1
-        return index
+    def follow(self, candidates: int, n: int) -> list[int]:
+        """Return the next of some chunks (not none) at or after where this peer's run goes on, else from the first one
+        on: one at least, `n` at most."""
+        at = self.cursor
+        ahead = candidates >> at
+        if not ahead:
+            at, ahead = 0, candidates
+        out: list[int] = []
+        while ahead and len(out) < n:
+            skip = lowest(ahead)
+            out.append(at + skip)
+            at += skip + 1
+            ahead >>= skip + 1
+        self.cursor = at
+        return out
 
-    def measure(self, size: int, now: float, chunk_size: int) -> None:
-        """It delivered `size` bytes: its rate, and how many requests in flight that and its round trip ask for."""
+    def measure(self, size: int, now: float, connect_s: float, chunk_size: int) -> None:  # hot
+        """It delivered `size` bytes over a connection that took `connect_s` to open (0: not known): its rate and round
+        trip, and how many requests in flight they ask for."""
         self.window_bytes += size
         self.delivered_at = now
         elapsed = now - self.window_started
+        is_nearer = 0 < connect_s and (connect_s < self.rtt_s or not self.rtt_s)
+        if is_nearer:
+            self.rtt_s = connect_s
         if elapsed >= RATE_WINDOW_S:
             sample = self.window_bytes / elapsed
             self.rate_Bps = max(sample, 0.5 * (self.rate_Bps + sample))  # rises at once, falls slowly
             self.window_started, self.window_bytes = now, 0
+        elif not is_nearer:
+            return
         depth = math.ceil(self.rate_Bps * (self.rtt_s + TURNAROUND_S) * 2 / chunk_size)
         self.depth = min(WINDOW_MAX, depth)
 

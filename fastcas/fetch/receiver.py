@@ -1,4 +1,4 @@
-"""The C receiver on an asyncio loop: one callback per finished request, and errors with words.
+"""The C receiver on an asyncio loop: listeners get the finished requests, and errors get words.
 
 Owns the receiver's threads and its place in the loop. Everything that the package asks of a peer's data port goes
 through here. Never decides whom to ask for what (that is the scheduler).
@@ -11,7 +11,6 @@ import itertools
 import os
 from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
 
 from fastcas import limits
 from fastcas.errors import (
@@ -25,6 +24,7 @@ from fastcas.errors import (
     RemoteProtocolError,
 )
 from fastcas.fetch import _receiver
+from fastcas.fetch._receiver import Answer
 from fastcas.ids import PeerAddr
 
 __all__ = ["HASH_OK", "HAS_LINK", "LINK_ALONE", "LINK_OK", "Answer", "AsyncReceiver", "Outcome", "describe", "error_of"]
@@ -71,20 +71,6 @@ _REFUSALS = {
     11: "chunk number is missing or not in the file",
     12: "bytes that nobody asked for",
 }
-
-
-class Answer(NamedTuple):
-    """One finished request, as the receiver reports it."""
-
-    request_id: int
-    outcome: int
-    chunk: int
-    flags: int
-    length: int
-    service_us: int
-    connect_us: int
-    detail: int
-    body: bytes | None
 
 
 def describe(answer: Answer) -> str:
@@ -179,29 +165,32 @@ class AsyncReceiver:
         self.core = _receiver.Receiver(n_threads, memory_max, connect_s, first_byte_s, stall_s)
         self.on_batch: Callable[[], None] | None = None
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, Callable[[Answer], None]] = {}
+        self._listeners: dict[int, Callable[[list[Answer]], None]] = {}
         self._fd = self.core.fileno()
         self._closed = False
         self.loop.add_reader(self._fd, self._on_ready)
 
     def _on_ready(self) -> None:  # hot
-        waiting = self._waiting
-        for result in self.core.drain():
-            callback = waiting.pop(result[0], None)
+        listeners = self._listeners
+        for number, answers in self.core.drain().items():
+            callback = listeners.get(number)
             if callback is not None:
-                callback(Answer._make(result))
+                callback(answers)
         if self.on_batch is not None:
             self.on_batch()
 
-    def expect(self, callback: Callable[[Answer], None]) -> int:
-        """Return a request number whose answer will go to `callback`, in the loop's thread."""
+    def listen(self, callback: Callable[[list[Answer]], None]) -> int:
+        """Return the number of a listener for requests: `callback` gets their answers, in the loop's thread.
+
+        Answers that came together come in one call, the oldest first.
+        """
         number = next(self._numbers)
-        self._waiting[number] = callback
+        self._listeners[number] = callback
         return number
 
-    def forget(self, request_id: int) -> None:
-        """Ignore the answer of a request."""
-        self._waiting.pop(request_id, None)
+    def forget(self, listener: int) -> None:
+        """Ignore the answers that a listener has not got yet. Idempotent."""
+        self._listeners.pop(listener, None)
 
     def open(self, peer: PeerAddr, node_id: str | None = None) -> _receiver.Connection:
         """Return a new connection to a peer whose address is literal; it dials on its first request."""
@@ -227,11 +216,11 @@ class AsyncReceiver:
         """
         future: asyncio.Future[Answer] = self.loop.create_future()
 
-        def arrived(answer: Answer) -> None:
+        def arrived(answers: list[Answer]) -> None:
             if not future.done():
-                future.set_result(answer)
+                future.set_result(answers[0])
 
-        number = self.expect(arrived)
+        number = self.listen(arrived)
         try:
             connection.get(number, target.encode(), max_length, expected_hash, first_byte_s)
             return await future
@@ -243,7 +232,7 @@ class AsyncReceiver:
         if self._closed:
             return
         self._closed = True
-        self._waiting.clear()
+        self._listeners.clear()
         if not self.loop.is_closed():
             self.loop.remove_reader(self._fd)
         self.core.close()

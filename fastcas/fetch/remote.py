@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from fastcas.errors import FastCASError, IntegrityError, NotFound, PeerBusy, RemoteProtocolError
-from fastcas.fetch._receiver import Connection, Job
+from fastcas.fetch._receiver import Answer, Connection, Job
 from fastcas.fetch.http_small import ask_swarm, fetch_manifest
-from fastcas.fetch.receiver import Answer, AsyncReceiver
+from fastcas.fetch.receiver import AsyncReceiver
 from fastcas.fetch.swarmview import SwarmAnswer
 from fastcas.ids import PeerAddr, short
 from fastcas.limits import CONNECTIONS_PER_PEER, FIRST_BYTE_S
@@ -71,16 +71,40 @@ def _set_event() -> asyncio.Event:
     return event
 
 
-@dataclass(slots=True)
 class _Line:
-    connection: Connection
-    n_outstanding: int = 0
+    """One data connection, and the listener of the requests on it."""
+
+    __slots__ = ("_on_answers", "_receiver", "connection", "is_dropped", "listener", "n_outstanding")
+
+    def __init__(
+        self, addr: PeerAddr, our_id: str | None, receiver: AsyncReceiver, on_answers: Callable[[list[Answer]], None]
+    ) -> None:
+        self._receiver = receiver
+        self._on_answers = on_answers
+        self.connection = receiver.open(addr, our_id)
+        self.listener = receiver.listen(self._arrived)
+        self.n_outstanding = 0
+        self.is_dropped = False
+
+    def _arrived(self, answers: list[Answer]) -> None:  # hot
+        self.n_outstanding -= len(answers)
+        self._on_answers(answers)
+        if self.is_dropped and not self.n_outstanding:
+            self._receiver.forget(self.listener)
+
+    def drop(self) -> None:
+        """Close the connection; outstanding requests come back as cancelled."""
+        self.connection.close()
+        self.is_dropped = True
+        if not self.n_outstanding:
+            self._receiver.forget(self.listener)
 
 
 @dataclass(eq=False)
 class Remote:
     """One peer. `did` is what it did last, in words, for the error that names everybody; `n_cut` counts answers that it
-    cut short since its last right chunk; `came_back`: it answered after it could not be reached."""
+    cut short since its last right chunk; `came_back`: it answered after it could not be reached; `on_answers` hears of
+    the chunks that it was asked for, those that came together in one call."""
 
     addr: PeerAddr
     source: Source
@@ -100,6 +124,7 @@ class Remote:
     is_seed: bool = False
     was_silent: bool = False
     came_back: bool = False
+    on_answers: Callable[[Remote, list[Answer]], None] | None = None
     lines: list[_Line] = field(default_factory=list)
     control: Connection | None = None
     _n_received_before: int = 0
@@ -109,38 +134,50 @@ class Remote:
 
     # --- chunks ---
 
-    def ask_chunk(self, job: Job, index: int, chunk_hash: bytes, on_answer: Callable[[Answer], None]) -> None:
-        """Queue a request for a chunk on the connection with the fewest outstanding."""
-        line = self._line()
-        line.connection.get_chunk(self._expect(line, on_answer), job, index, chunk_hash)
+    def ask_chunks(self, job: Job, chunks: list[int]) -> None:  # hot
+        """Queue requests for chunks, each on the connection with the fewest outstanding."""
+        asked: dict[_Line, list[int]] = {}
+        for index in chunks:
+            line = self._line()
+            line.n_outstanding += 1
+            if line in asked:
+                asked[line].append(index)
+            else:
+                asked[line] = [index]
+        self._n_outstanding += len(chunks)
+        self._idle.clear()
+        for line, some in asked.items():
+            line.connection.get_chunks(line.listener, job, some)
 
-    def ask_next(self, job: Job, target: str, on_answer: Callable[[Answer], None]) -> None:
+    def ask_next(self, job: Job, target: str) -> None:
         """Queue a request for a chunk that the peer chooses; it may wait for its turn there."""
         line = self._line()
-        line.connection.get_next(self._expect(line, on_answer), job, target.encode(), 3 * FIRST_BYTE_S)
-
-    def _line(self) -> _Line:
-        best = min(self.lines, key=lambda line: line.n_outstanding, default=None)
-        if best is None or (
-            len(self.lines) < DATA_CONNECTIONS
-            and (best.n_outstanding >= REQUESTS_PER_CONNECTION or (len(self.lines) == 1 and best.n_outstanding))
-        ):
-            best = _Line(self.receiver.open(self.addr, self.our_id))
-            self.lines.append(best)
-        return best
-
-    def _expect(self, line: _Line, on_answer: Callable[[Answer], None]) -> int:
-        def arrived(answer: Answer) -> None:
-            line.n_outstanding -= 1
-            self._n_outstanding -= 1
-            if not self._n_outstanding:
-                self._idle.set()
-            on_answer(answer)
-
         line.n_outstanding += 1
         self._n_outstanding += 1
         self._idle.clear()
-        return self.receiver.expect(arrived)
+        line.connection.get_next(line.listener, job, target.encode(), 3 * FIRST_BYTE_S)
+
+    def _line(self) -> _Line:
+        """The data connection for one more request."""
+        best = None
+        for line in self.lines:
+            if best is None or line.n_outstanding < best.n_outstanding:
+                best = line
+        n = len(self.lines)
+        if best is None or (
+            n < DATA_CONNECTIONS
+            and (best.n_outstanding >= REQUESTS_PER_CONNECTION or (n == 1 and best.n_outstanding))
+        ):
+            best = _Line(self.addr, self.our_id, self.receiver, self._arrived)
+            self.lines.append(best)
+        return best
+
+    def _arrived(self, answers: list[Answer]) -> None:  # hot
+        self._n_outstanding -= len(answers)
+        if not self._n_outstanding:
+            self._idle.set()
+        if self.on_answers is not None:
+            self.on_answers(self, answers)
 
     def received(self) -> int:
         """Bytes of chunks that came from this peer, right or wrong, complete or not."""
@@ -168,7 +205,7 @@ class Remote:
 
     def _drop(self, line: _Line) -> None:
         self._n_received_before += line.connection.n_received
-        line.connection.close()
+        line.drop()
         self.lines.remove(line)
 
     def _close_control(self) -> None:

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable
+from typing import NamedTuple
 
 from fastcas import limits
 from fastcas.fetch.chunksets import any_member, bits, from_bitfield, lowest_bits, to_set
@@ -48,8 +48,7 @@ STALE_MIN = 4  # chosen chunks that were here already, before a seed's choices a
 STALE_SHARE = 8  # and more than one in so many
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """One request to make: chunk `index` of `peer`, or (None) a chunk that the peer chooses."""
 
     peer: Hashable
@@ -184,7 +183,7 @@ class Scheduler:
             peer.n_stale += 1
             if peer.n_stale >= STALE_MIN and peer.n_stale * STALE_SHARE > peer.n_chosen:
                 peer.gives_next = False
-        self._take(peer, index, now)
+        self._take(peer, [index], now)
 
     def done(self, index: int) -> None:
         """Chunk `index` is here (from a peer or from this machine)."""
@@ -199,20 +198,22 @@ class Scheduler:
         if index not in self._holders:
             self.free |= bit
 
-    def completed(self, key: Hashable, index: int, now: float, size: int, connect_s: float) -> None:
-        """A peer delivered a chunk that is right.
+    def completed(self, key: Hashable, chunks: Iterable[int], now: float, size: int, connect_s: float) -> None:  # hot
+        """A peer delivered chunks that are right.
 
         Args:
-            size: Bytes.
+            size: Bytes, all together.
             connect_s: How long its connection took to open: a round trip.
         """
         peer = self.peers[key]
-        self._release(peer, index)
-        self.done(index)
+        here = 0
+        for index in chunks:
+            here |= 1 << index
+            self._release(peer, index)
+        self.wanted &= ~here
+        self.free &= ~here
         peer.n_failures = 0
-        if connect_s > 0:
-            peer.rtt_s = min(peer.rtt_s, connect_s) if peer.rtt_s else connect_s
-        peer.measure(size, now, self.chunk_size)
+        peer.measure(size, now, connect_s, self.chunk_size)
 
     def busy(self, key: Hashable, index: int | None, now: float) -> None:
         """The peer has no upload slot: the chunk is free again, the peer rests for 50 ms."""
@@ -247,6 +248,8 @@ class Scheduler:
             peer.n_next = max(0, peer.n_next - 1)
         else:
             self._release(peer, index)
+            if index not in self._holders:
+                self.free |= self.wanted & (1 << index)
 
     def failed(self, key: Hashable, index: int | None, now: float) -> bool:
         """A request failed at the network: the peer rests, longer each time.
@@ -310,16 +313,17 @@ class Scheduler:
         fruitless: list[PeerState] = []
         draw = self._rng.random
         while open_peers and self.n_in_flight < most:
-            at = int(draw() * len(open_peers))
+            at = int(draw() * len(open_peers)) if len(open_peers) > 1 else 0
             peer = open_peers[at]
-            index = self._pick(peer, now)
-            if index is None:
+            most_of_it = 1 if len(open_peers) > 1 else min(rooms[at], most - self.n_in_flight)
+            chunks = self._pick(peer, most_of_it, now)
+            if not chunks:
                 fruitless.append(peer)
                 del open_peers[at], rooms[at]
                 continue
-            self._take(peer, index, now)
-            asks.append(Ask(peer.key, index))
-            rooms[at] -= 1
+            self._take(peer, chunks, now)
+            asks += [Ask(peer.key, index) for index in chunks]
+            rooms[at] -= len(chunks)
             if not rooms[at]:
                 del open_peers[at], rooms[at]
         if self.n_in_flight and now - self._oldest_at >= HEDGE_MIN_S:
@@ -374,40 +378,41 @@ class Scheduler:
             return 1
         return 2 if self.n_leechers else 4
 
-    def _take(self, peer: PeerState, index: int, now: float) -> None:
-        if index in peer.in_flight:
-            return
-        if not peer.in_flight and now - peer.delivered_at > RATE_WINDOW_S:
+    def _take(self, peer: PeerState, chunks: list[int], now: float) -> None:  # hot
+        in_flight, holders = peer.in_flight, self._holders
+        if not in_flight and now - peer.delivered_at > RATE_WINDOW_S:
             peer.window_started, peer.window_bytes = now, 0  # the pause says nothing about its rate
-        peer.in_flight[index] = now
-        self._holders[index] = self._holders.get(index, 0) + 1
-        self.free &= ~(1 << index)
-        self.n_in_flight += 1
+        taken = 0
+        for index in chunks:
+            if index not in in_flight:
+                in_flight[index] = now
+                holders[index] = holders.get(index, 0) + 1
+                taken |= 1 << index
+                self.n_in_flight += 1
+        self.free &= ~taken
 
-    def _release(self, peer: PeerState, index: int) -> None:
+    def _release(self, peer: PeerState, index: int) -> None:  # hot
         if peer.in_flight.pop(index, None) is None:
             return
         self.n_in_flight -= 1
-        left = self._holders[index] - 1
+        left = self._holders.pop(index) - 1
         if left:
             self._holders[index] = left
-            return
-        del self._holders[index]
-        self.free |= self.wanted & (1 << index)
 
-    def _pick(self, peer: PeerState, now: float) -> int | None:
+    def _pick(self, peer: PeerState, n: int, now: float) -> list[int]:
+        """Return chunks to ask a peer for: at most `n`, and one where others must have their say after it."""
         candidates = peer.have & self.free & self.allowed
         if candidates and peer.is_seed and peer.gives_next and (self.n_leechers or now < self._others_until):
             candidates = self._of_seed(peer, candidates, now)
         if not candidates:
-            return None
+            return []
         if self.n_leechers == 0:
-            return peer.follow(candidates)
+            return peer.follow(candidates, n)
         for level in self._levels:
             rarest = candidates & level
             if rarest:
-                return any_member(rarest, self._rng)
-        return any_member(candidates, self._rng)
+                return [any_member(rarest, self._rng)]
+        return [any_member(candidates, self._rng)]
 
     def _of_seed(self, peer: PeerState, candidates: int, now: float) -> int:
         """What may be asked of a NEXT seed by name: nothing before its first 204; then what leechers have too, and
@@ -477,7 +482,7 @@ class Scheduler:
             patience_s = NEXT_BY_NAME_S if gives and not self._is_silent(peer, now) else 0.0
             index = self._instead_of_late(peer, late, patience_s, now)
             if index is not None:
-                self._take(peer, index, now)
+                self._take(peer, [index], now)
                 asks.append(Ask(peer.key, index))
 
     def _instead_of_late(self, peer: PeerState, late: dict[int, float], patience_s: float, now: float) -> int | None:

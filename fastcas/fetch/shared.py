@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastcas.fetch._receiver import Connection
-from fastcas.fetch.receiver import Answer, AsyncReceiver
+from fastcas.fetch._receiver import Answer, Connection
+from fastcas.fetch.receiver import AsyncReceiver
 from fastcas.ids import PeerAddr
 
 __all__ = ["ReceiverShare", "SharedReceiver"]
@@ -51,18 +51,18 @@ class ReceiverShare(AsyncReceiver):
         self.core = shared.receiver.core
         self.on_batch: Callable[[], None] | None = None
 
-    def expect(self, callback: Callable[[Answer], None]) -> int:  # hot
+    def listen(self, callback: Callable[[list[Answer]], None]) -> int:
         """See `AsyncReceiver`."""
 
-        def arrived(answer: Answer) -> None:
+        def arrived(answers: list[Answer]) -> None:  # hot
             self._shared.note(self)
-            callback(answer)
+            callback(answers)
 
-        return self._shared.receiver.expect(arrived)
+        return self._shared.receiver.listen(arrived)
 
-    def forget(self, request_id: int) -> None:
+    def forget(self, listener: int) -> None:
         """See `AsyncReceiver`."""
-        self._shared.receiver.forget(request_id)
+        self._shared.receiver.forget(listener)
 
     def open(self, peer: PeerAddr, node_id: str | None = None) -> Connection:
         """See `AsyncReceiver`."""

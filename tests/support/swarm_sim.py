@@ -262,7 +262,7 @@ class Simulation:
         if server.alive:
             if chosen:
                 scheduler.asked(server.number, index, self.now)
-            scheduler.completed(server.number, index, self.now, self.swarm.chunk_size, self.swarm.rtt_s)
+            scheduler.completed(server.number, [index], self.now, self.swarm.chunk_size, self.swarm.rtt_s)
         scheduler.done(index)
         self.n_duplicates += host.have >> index & 1
         host.have |= 1 << index

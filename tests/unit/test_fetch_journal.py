@@ -24,7 +24,8 @@ def path(tmp_path: Path) -> Path:
     where = tmp_path / "x.fastcas-journal"
     journal = Journal(where, MANIFEST)
     journal.start([(0, True)])
-    journal.add([(3, False), (7, True)])
+    journal.add([3], link_checked=False)
+    journal.add([7], link_checked=True)
     journal.close()
     return where
 
@@ -33,7 +34,7 @@ def append(where: Path, index: int) -> None:
     """List one more chunk, as a resumed download does."""
     journal = Journal(where, MANIFEST)
     journal.read(10)
-    journal.add([(index, True)])
+    journal.add([index], link_checked=True)
     journal.close()
 
 
@@ -97,8 +98,8 @@ def test_failed_append_does_not_shift_the_next(path: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", torn)
         with pytest.raises(OSError, match="no room"):
-            journal.add([(8, True)])
-    journal.add([(9, True)])
+            journal.add([8], link_checked=True)
+    journal.add([9], link_checked=True)
     journal.close()
     assert listed(path) == LISTED | {9: True}
 

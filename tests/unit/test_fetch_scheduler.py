@@ -104,7 +104,7 @@ def test_any_history_keeps_the_books_and_ends_with_everything(seed: int, data: s
                     left = list(bits(scheduler.free)) or [0]
                     index = rng.choice(left)
                     scheduler.asked(key, index, now)
-                scheduler.completed(key, index, now, CHUNK, 0.001)
+                scheduler.completed(key, [index], now, CHUNK, 0.001)
                 done |= 1 << index
     assert not scheduler.wanted
     assert done == scheduler.full
@@ -156,7 +156,7 @@ def test_window_grows_with_rate_and_round_trip() -> None:
         now += 0.04
         for ask in asks:
             assert ask.index is not None
-            scheduler.completed(ask.peer, ask.index, now, CHUNK, 0.04)
+            scheduler.completed(ask.peer, [ask.index], now, CHUNK, 0.04)
         asks = scheduler.decide(now)
         most = max(most, len(asks))
     assert most >= 39
@@ -189,7 +189,7 @@ def test_failures_rest_longer_each_time_and_success_forgives() -> None:
         now = scheduler.peers[0].rest_until + 0.001
     assert rests[1] > rests[0] * 0.9
     assert rests[3] >= 30.0
-    scheduler.completed(0, 0, now, CHUNK, 0.0)
+    scheduler.completed(0, [0], now, CHUNK, 0.0)
     assert scheduler.peers[0].n_failures == 0
 
 
@@ -221,7 +221,7 @@ def test_late_chunk_is_asked_elsewhere_only_when_nothing_else_is_left() -> None:
         scheduler.lost(quick.peer, quick.index)
         quick = Ask(1 - int(str(slow.peer)), quick.index)
     assert quick.index is not None
-    scheduler.completed(quick.peer, quick.index, 0.1, CHUNK, 0.001)
+    scheduler.completed(quick.peer, [quick.index], 0.1, CHUNK, 0.001)
     assert scheduler.decide(0.2) == []
     hedges = scheduler.decide(60.0)
     assert [(ask.peer, ask.index) for ask in hedges] == [(1 - int(str(slow.peer)), slow.index)]
@@ -267,7 +267,7 @@ def test_after_nothing_new_the_seed_gives_what_leechers_have_too_then_the_rest()
     assert set(named) <= {0, 1}
     for index in named:
         assert index is not None
-        scheduler.completed(0, index, 0.2, CHUNK, 0.0)
+        scheduler.completed(0, [index], 0.2, CHUNK, 0.0)
     later = [ask.index for ask in scheduler.decide(2.5) if ask.peer == 0 and ask.index is not None]
     assert later
 
@@ -275,10 +275,10 @@ def test_after_nothing_new_the_seed_gives_what_leechers_have_too_then_the_rest()
 def test_seed_that_chooses_what_is_here_already_is_asked_by_name() -> None:
     scheduler = with_peers(make(100), (1 << 100) - 1, 0b1)
     for index in range(5):
-        scheduler.completed(1, index, 0.0, CHUNK, 0.0)
+        scheduler.completed(1, [index], 0.0, CHUNK, 0.0)
         scheduler.decide(0.0)
         scheduler.asked(0, index, 0.0)
-        scheduler.completed(0, index, 0.0, CHUNK, 0.0)
+        scheduler.completed(0, [index], 0.0, CHUNK, 0.0)
     assert all(ask.index is not None for ask in scheduler.decide(0.1))
     assert scheduler.peers[0].in_flight
 
@@ -369,7 +369,7 @@ def simulate(n_leechers: int, n_chunks: int, seed: int) -> tuple[float, int]:
             else:
                 if index not in node.scheduler.peers[peer].in_flight:
                     node.scheduler.asked(peer, index, now)
-                node.scheduler.completed(peer, index, now, CHUNK, 0.001)
+                node.scheduler.completed(peer, [index], now, CHUNK, 0.001)
                 node.have |= 1 << index
                 if node.have == full:
                     node.finished_at = now
@@ -431,7 +431,7 @@ def test_late_chunk_is_asked_of_who_has_delivered() -> None:
         scheduler.add_peer("delivers")
         scheduler.set_have("delivers", 1, is_seed=False)
         scheduler.decide(0.0)
-        scheduler.completed("delivers", 0, 1.0, CHUNK, 0.001)
+        scheduler.completed("delivers", [0], 1.0, CHUNK, 0.001)
         for key in ("unknown", "delivers", "unknown too"):
             scheduler.add_peer(key)
             scheduler.set_have(key, 3, is_seed=False)

@@ -66,7 +66,7 @@ def test_crowd_goes_on_when_one_of_so_many_requests_is_answered() -> None:
     first = scheduler.decide(0.0)[0]
     assert scheduler.decide(0.1) == []
     assert first.index is not None
-    scheduler.completed(first.peer, first.index, 0.2, CHUNK, 0.0)
+    scheduler.completed(first.peer, [first.index], 0.2, CHUNK, 0.0)
     assert len(scheduler.decide(0.2)) == 1
 
 
@@ -109,7 +109,7 @@ def test_busy_node_that_waits_for_nothing_asks_for_something_new() -> None:
     scheduler.decide(0.0)
     meet_seed(scheduler, 1)
     assert scheduler.decide(0.1) == []
-    scheduler.completed(0, 0, 0.2, CHUNK, 0.0)
+    scheduler.completed(0, [0], 0.2, CHUNK, 0.0)
     assert {ask.index for ask in scheduler.decide(0.2)} == {None}
 
 
