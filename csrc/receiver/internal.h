@@ -5,6 +5,7 @@
 #include <linux/aio_abi.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <sys/uio.h>
 #include <time.h>
 
 #include "receiver/receiver.h"
@@ -43,15 +44,18 @@ void fcas_rx_pool_put(fcas_rx_pool *pool, fcas_rx_buffer *buffer);
 
 /* --- chunks that are complete: checked several at once, written, reported --- */
 
-/* Writes under way per thread: more only wait in the disk's own queue, in memory that was cleared for them. A whole
- * batch of chunks has room. */
-#define FCAS_RX_WRITES_MAX 16u
-_Static_assert(FCAS_RX_WRITES_MAX >= FCAS_RX_TOGETHER, "a batch is prepared before it is submitted");
+/* Chunks that are being written per thread: more only wait in the disk's own queue, in memory that was cleared for
+ * them. A whole batch of chunks has room. */
+#define FCAS_RX_WRITING_MAX 16u
+_Static_assert(FCAS_RX_WRITING_MAX >= FCAS_RX_TOGETHER, "a batch is prepared before it is submitted");
 
+/* One write of chunks that follow each other in the file. */
 typedef struct fcas_rx_write {
     struct iocb io;
-    fcas_rx_request *request;
-    fcas_rx_buffer *buffer;
+    size_t n; /* chunks */
+    struct iovec pieces[FCAS_RX_TOGETHER];
+    fcas_rx_request *requests[FCAS_RX_TOGETHER];
+    fcas_rx_buffer *buffers[FCAS_RX_TOGETHER];
     bool is_submitted;
     struct fcas_rx_write *next_free;
 } fcas_rx_write;
@@ -66,9 +70,9 @@ typedef struct {
     bool has_aio;
     aio_context_t aio;
     int written_fd; /* eventfd: writes are done */
-    size_t n_writing;
+    size_t n_writing; /* chunks */
     fcas_rx_write *free_writes;
-    fcas_rx_write writes[FCAS_RX_WRITES_MAX];
+    fcas_rx_write writes[FCAS_RX_WRITING_MAX];
     fcas_rx_request *ended_first, *ended_last; /* the caller has not been told of them yet */
     size_t n_ended;
     uint64_t ended_since_us; /* the oldest of them */

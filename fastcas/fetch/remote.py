@@ -135,19 +135,21 @@ class Remote:
     # --- chunks ---
 
     def ask_chunks(self, job: Job, chunks: list[int]) -> None:  # hot
-        """Queue requests for chunks, each on the connection with the fewest outstanding."""
-        asked: dict[_Line, list[int]] = {}
-        for index in chunks:
+        """Queue requests for chunks, on the connections with the fewest outstanding.
+
+        Neighbours stay together, so that they are written together.
+        """
+        shares: dict[_Line, int] = {}
+        for _ in chunks:
             line = self._line()
             line.n_outstanding += 1
-            if line in asked:
-                asked[line].append(index)
-            else:
-                asked[line] = [index]
+            shares[line] = shares.get(line, 0) + 1
         self._n_outstanding += len(chunks)
         self._idle.clear()
-        for line, some in asked.items():
-            line.connection.get_chunks(line.listener, job, some)
+        at = 0
+        for line, n in shares.items():
+            line.connection.get_chunks(line.listener, job, chunks[at : at + n])
+            at += n
 
     def ask_next(self, job: Job, target: str) -> None:
         """Queue a request for a chunk that the peer chooses; it may wait for its turn there."""
