@@ -172,7 +172,8 @@ class Filling:
         manifest = self.manifest
         now = time.monotonic()
         by_number: dict[Hashable, list[int]] = {}
-        for peer, index in self._decide(now):
+        for ask in self._decide(now):
+            peer, index = ask.peer, ask.index
             if index is None:
                 target = next_target(
                     manifest.file_hash, manifest.manifest_hash, self.chain.first_allowed,

@@ -44,7 +44,7 @@ class _NoJournal(Journal):
     def __init__(self) -> None:
         self._fd = -1
 
-    def add(self, chunks: object) -> None:
+    def add(self, chunks: object, *, link_checked: bool) -> None:
         """List nothing."""
 
 

@@ -66,7 +66,7 @@ class PeerState:
         self.window_bytes += size
         self.delivered_at = now
         elapsed = now - self.window_started
-        is_nearer = 0 < connect_s and (connect_s < self.rtt_s or not self.rtt_s)
+        is_nearer = connect_s > 0 and (connect_s < self.rtt_s or not self.rtt_s)
         if is_nearer:
             self.rtt_s = connect_s
         if elapsed >= RATE_WINDOW_S:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Hashable, Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from fastcas import limits
 from fastcas.fetch.chunksets import any_member, bits, from_bitfield, lowest_bits, to_set
@@ -48,7 +48,8 @@ STALE_MIN = 4  # chosen chunks that were here already, before a seed's choices a
 STALE_SHARE = 8  # and more than one in so many
 
 
-class Ask(NamedTuple):
+@dataclass(slots=True)
+class Ask:
     """One request to make: chunk `index` of `peer`, or (None) a chunk that the peer chooses."""
 
     peer: Hashable
@@ -315,8 +316,8 @@ class Scheduler:
         while open_peers and self.n_in_flight < most:
             at = int(draw() * len(open_peers)) if len(open_peers) > 1 else 0
             peer = open_peers[at]
-            most_of_it = 1 if len(open_peers) > 1 else min(rooms[at], most - self.n_in_flight)
-            chunks = self._pick(peer, most_of_it, now)
+            at_once = 1 if len(open_peers) > 1 else min(rooms[at], most - self.n_in_flight)
+            chunks = self._pick(peer, at_once, now)
             if not chunks:
                 fruitless.append(peer)
                 del open_peers[at], rooms[at]

@@ -145,7 +145,7 @@ def test_part_file_of_another_manifest_starts_over(tmp_path: Path) -> None:
     one, two = make_manifest(content_of(50_000, 1)), make_manifest(content_of(50_000, 2))
     part = PartFile(tmp_path / "x", one)
     os.pwrite(part.fd, b"old", 0)
-    part.journal.add([(0, True)])
+    part.journal.add([0], link_checked=True)
     part.close()
     again = PartFile(tmp_path / "x", two)
     assert again.candidates == {}
@@ -223,7 +223,7 @@ def test_part_file_with_any_damage_in_its_journal_keeps_what_is_there(tmp_path: 
     part = PartFile(out, manifest)
     for index in (1, 2):
         os.pwrite(part.fd, content[index * 16384 : (index + 1) * 16384], index * 16384)
-    part.journal.add([(1, True), (2, True)])
+    part.journal.add([1, 2], link_checked=True)
     part.close()
     journal = tmp_path / "x.fastcas-journal"
     whole = journal.read_bytes()
