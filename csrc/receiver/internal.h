@@ -46,7 +46,7 @@ void fcas_rx_pool_put(fcas_rx_pool *pool, fcas_rx_buffer *buffer);
 
 /* Chunks that are being written per thread: more only wait in the disk's own queue, in memory that was cleared for
  * them. A whole batch of chunks has room. */
-#define FCAS_RX_WRITING_MAX 16u
+#define FCAS_RX_WRITING_MAX 40u
 _Static_assert(FCAS_RX_WRITING_MAX >= FCAS_RX_TOGETHER, "a batch is prepared before it is submitted");
 
 /* One write of chunks that follow each other in the file. */

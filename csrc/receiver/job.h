@@ -40,8 +40,9 @@ typedef struct {
     atomic_int users;
 } fcas_rx_job;
 
-/* So many chunks keep the streams of every SHA-256 kernel busy. */
-#define FCAS_RX_TOGETHER 16u
+/* So many chunks are checked, written and told together at most: a multiple of what any SHA-256 kernel takes side by
+ * side (shani_x10: 10), and large against what each turn costs (docs/DECISIONS.md, 34). */
+#define FCAS_RX_TOGETHER 40u
 
 /* What a check of a chunk's bytes found. */
 enum {

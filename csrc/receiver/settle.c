@@ -265,6 +265,7 @@ void fcas_rx_settle(fcas_rx_settler *s)
     if (n_direct > 0) {
         submit(s, ios, prepare(s, direct, n_direct, ios));
     }
+    s->last_us = fcas_rx_clock_us(); /* the time spent here says nothing about how chunks follow each other */
 }
 
 void fcas_rx_settler_add(fcas_rx_settler *s, fcas_rx_request *request, fcas_rx_buffer *buffer)

@@ -12,8 +12,10 @@ __all__ = ["HEDGE_MIN_S", "RATE_WINDOW_S", "PeerState", "late_chunks", "oldest_r
 
 HEDGE_FACTOR = 3.0
 HEDGE_MIN_S = 0.5  # below, jitter of a healthy peer would look late
-TURNAROUND_S = 0.008  # our own part of a round trip: waiting to be checked with others, the write, the decision
+TURNAROUND_S = 0.016  # our own part of a round trip: waiting to be checked with others, the write, the decision
 RATE_WINDOW_S = 0.1
+FIRST_WINDOW_S = 0.0125  # of an unknown peer; each window is twice as long as the one before, up to RATE_WINDOW_S
+FIRST_WINDOW_CHUNKS = 8  # fewer say too little: such a window goes on, up to RATE_WINDOW_S
 WINDOW_MAX = 512
 
 
@@ -41,6 +43,7 @@ class PeerState:
     next_since: float = 0.0
     window_started: float = 0.0
     window_bytes: int = 0
+    window_s: float = FIRST_WINDOW_S
     delivered_at: float = -math.inf
     depth: int = 0  # requests in flight that its rate and round trip ask for
 
@@ -69,7 +72,10 @@ class PeerState:
         is_nearer = connect_s > 0 and (connect_s < self.rtt_s or not self.rtt_s)
         if is_nearer:
             self.rtt_s = connect_s
-        if elapsed >= RATE_WINDOW_S:
+        if elapsed >= self.window_s and (
+            elapsed >= RATE_WINDOW_S or self.window_bytes >= FIRST_WINDOW_CHUNKS * chunk_size
+        ):
+            self.window_s = min(RATE_WINDOW_S, 2 * self.window_s)
             sample = self.window_bytes / elapsed
             self.rate_Bps = max(sample, 0.5 * (self.rate_Bps + sample))  # rises at once, falls slowly
             self.window_started, self.window_bytes = now, 0

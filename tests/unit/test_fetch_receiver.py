@@ -241,15 +241,17 @@ def test_chunks_wait_for_buffers_under_the_memory_cap(tmp_path: Path) -> None:
         with (tmp_path / "part").open("w+b") as file:
             async with Peer(CONTENT) as peer:
                 job = Job(peer.manifest, file.fileno())
-                answers: asyncio.Queue[Answer] = asyncio.Queue()
+                answers: asyncio.Queue[list[Answer]] = asyncio.Queue()
+                listener = receiver.listen(answers.put_nowait)
                 lines = [receiver.open(peer.addr) for _ in range(8)]
                 for i in range(peer.manifest.n_chunks):
-                    number = receiver.expect(answers.put_nowait)
-                    lines[i % 8].get_chunk(number, job, i, peer.manifest.hash_of(i))
-                for _ in range(peer.manifest.n_chunks):
-                    answer = await answers.get()
-                    assert answer.outcome == Outcome.OK
-                    assert answer.flags == HASH_OK | LINK_OK | HAS_LINK
+                    lines[i % 8].get_chunks(listener, job, [i])
+                n = 0
+                while n < peer.manifest.n_chunks:
+                    for answer in await answers.get():
+                        n += 1
+                        assert answer.outcome == Outcome.OK
+                        assert answer.flags == HASH_OK | LINK_OK | HAS_LINK
                     assert receiver.core.buffer_bytes <= 2 * CHUNK
                 receiver.close()
             assert file.read() == CONTENT
@@ -363,12 +365,19 @@ def test_wrong_bytes_are_corrupt_and_not_written_whatever_is_checked(tmp_path: P
         with (tmp_path / "part").open("w+b") as file:
             job = Job(manifest, file.fileno(), links_alone=links_alone)
             async with Wire(head("200 OK", CHUNK) + wrong, head("200 OK", CHUNK) + CONTENT[:CHUNK]) as addr:
-                answers: asyncio.Queue[Answer] = asyncio.Queue()
+                answers: list[Answer] = []
+                both = asyncio.Event()
                 line = receiver.open(addr)
-                for _ in range(2):
-                    line.get_chunk(receiver.expect(answers.put_nowait), job, 0, manifest.hash_of(0))
-                corrupt, right = await answers.get(), await answers.get()
+
+                def arrived(some: list[Answer]) -> None:
+                    answers.extend(some)
+                    if len(answers) == 2:
+                        both.set()
+
+                line.get_chunks(receiver.listen(arrived), job, [0, 0])
+                await both.wait()
             receiver.close()
+            corrupt, right = answers
             assert (corrupt.outcome, corrupt.body) == (Outcome.CORRUPT, hashlib.sha256(wrong).digest())
             assert right.outcome == Outcome.OK
             assert right.flags == HAS_LINK | LINK_OK | (LINK_ALONE if links_alone else HASH_OK)
