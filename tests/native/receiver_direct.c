@@ -3,7 +3,10 @@
  * io_setup, io_submit, io_getevents and io_destroy answer is bent on the way (-Wl,--wrap=syscall), the writes are real.
  * Every chunk must be reported, the file must be right where a chunk was reported as right, nothing may be left.
  *
- * Prints "ok WRITES RIGHT FAILED": those that the kernel took, and how the chunks ended.
+ * Mode "neighbours" asks nobody: chunks are handed to a settler in an order of its own, so that what is written
+ * together is known.
+ *
+ * Prints "ok WRITES CHUNKS RIGHT FAILED": writes that the kernel took, the chunks in them, and how all chunks ended.
  * Usage: receiver_direct MODE FILE */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -21,7 +24,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "receiver/receiver.h"
+#include "receiver/internal.h"
 #include "sha256/sha256.h"
 
 enum { CHUNK = 16384, N = 300, LAST = 4096 + 777, CONNS = 3 };
@@ -30,7 +33,7 @@ enum { CHUNK = 16384, N = 300, LAST = 4096 + 777, CONNS = 3 };
 static uint8_t content[SIZE], found[SIZE];
 static uint8_t hashes[32 * N], midstates[32 * (N - 1)];
 static const char *mode;
-static atomic_int n_submits, n_taken, n_reaps, n_waits;
+static atomic_int n_submits, n_writes, n_taken, n_reaps, n_waits;
 
 static bool is(const char *name)
 {
@@ -48,6 +51,7 @@ static long fail(int error)
 static long submit(long context, long n, struct iocb **ios)
 {
     struct iocb copies[64], *to[64];
+    int n_chunks[64];
     const int call = atomic_fetch_add(&n_submits, 1);
     if (is("refused") || (is("refused-at-times") && call % 2 == 0)) {
         return fail(is("refused") ? EINVAL : EAGAIN);
@@ -58,13 +62,15 @@ static long submit(long context, long n, struct iocb **ios)
     for (long i = 0; i < n; i++) {
         copies[i] = *ios[i];
         to[i] = &copies[i];
+        n_chunks[i] = (int)copies[i].aio_nbytes; /* pieces of a vector */
         if (is("short") || is("error")) {
             copies[i].aio_nbytes /= 2; /* the second half is really missing */
         }
     }
     const long taken = __real_syscall(SYS_io_submit, context, n, to);
-    if (taken > 0) {
-        atomic_fetch_add(&n_taken, (int)taken);
+    for (long i = 0; i < taken; i++) {
+        atomic_fetch_add(&n_writes, 1);
+        atomic_fetch_add(&n_taken, n_chunks[i]);
     }
     return taken;
 }
@@ -218,6 +224,42 @@ static bool take(fcas_rx *rx, int *right, int *failed, bool is_right[N])
     return true;
 }
 
+static void ask(fcas_rx_conn *conn, fcas_rx_job *job, unsigned i)
+{
+    char target[32];
+    const int n = snprintf(target, sizeof target, "/chunks/%u", i);
+    fcas_rx_request *r = fcas_rx_request_new(target, (size_t)n);
+    r->id = i;
+    r->job = job;
+    r->index = i;
+    fcas_rx_submit(conn, r);
+}
+
+/* Three runs of neighbours, handed over in disorder, and the odd last chunk. */
+static const unsigned handed[] = {7, 5, 6, 21, 9, 20, N - 1, 22, 23, 40};
+enum { N_HANDED = sizeof handed / sizeof handed[0] };
+
+static void settle(fcas_rx *rx, fcas_rx_job *job)
+{
+    fcas_rx_settler settler;
+    if (fcas_rx_settler_init(&settler, rx) != FCAS_OK) {
+        exit(2);
+    }
+    for (unsigned i = 0; i < N_HANDED; i++) {
+        bool no_memory;
+        fcas_rx_buffer *buffer = fcas_rx_pool_get(&rx->pool, CHUNK, &no_memory);
+        fcas_rx_request *r = fcas_rx_request_new("/", 1);
+        fcas_rx_job_hold(job);
+        r->job = job;
+        r->index = handed[i];
+        r->length = length_of(handed[i]);
+        memcpy(buffer->bytes, content + (size_t)handed[i] * CHUNK, length_of(handed[i]));
+        fcas_rx_settler_add(&settler, r, buffer);
+    }
+    fcas_rx_settle(&settler);
+    fcas_rx_settler_destroy(&settler);
+}
+
 int main(int argc, char **argv)
 {
     fcas_rx_layout layout = {.size = SIZE, .chunk_size = CHUNK, .n_chunks = N, .hashes = hashes, .midstates = midstates,
@@ -250,19 +292,16 @@ int main(int argc, char **argv)
         fcas_rx_new(&config, &rx) != FCAS_OK) {
         return 2;
     }
+    if (is("neighbours")) {
+        settle(rx, job);
+    }
     for (int i = 0; i < CONNS; i++) {
         conns[i] = fcas_rx_open(rx, (struct sockaddr *)&address, n_address, "x", "");
     }
-    for (unsigned i = 0; i < N; i++) {
-        char target[32];
-        const int n = snprintf(target, sizeof target, "/chunks/%u", i);
-        fcas_rx_request *r = fcas_rx_request_new(target, (size_t)n);
-        r->id = i;
-        r->job = job;
-        r->index = i;
-        fcas_rx_submit(conns[i % CONNS], r);
+    for (unsigned i = 0; i < N && !is("neighbours"); i++) {
+        ask(conns[i % CONNS], job, i);
     }
-    while (right + failed < (is("stop") ? 1 : N)) {
+    while (right + failed < (is("stop") ? 1 : is("neighbours") ? N_HANDED : N)) {
         if (!take(rx, &right, &failed, is_right)) {
             fprintf(stderr, "%s: %d right, %d failed, and no more came\n", mode, right, failed);
             return 1;
@@ -289,6 +328,6 @@ int main(int argc, char **argv)
     if (is("slow") && n_waits == 0) {
         return 1;
     }
-    printf("ok %d %d %d\n", n_taken, right, failed);
+    printf("ok %d %d %d %d\n", n_writes, n_taken, right, failed);
     return 0;
 }

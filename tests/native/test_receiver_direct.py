@@ -28,17 +28,26 @@ def binary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def run(binary: Path, mode: str, path: Path) -> tuple[int, int, int]:
-    """Return the writes that the kernel took, and the chunks that ended right and as WRITE_FAILED."""
+    """Return the chunks whose writes the kernel took, and those that ended right and as WRITE_FAILED."""
+    return counts(binary, mode, path)[1:]
+
+
+def counts(binary: Path, mode: str, path: Path) -> tuple[int, int, int, int]:
+    """Return the writes that the kernel took, too."""
     done = subprocess.run([str(binary), mode, str(path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"{mode}: exit {done.returncode}\n{done.stderr}"
-    word, taken, right, failed = done.stdout.split()
+    word, writes, taken, right, failed = done.stdout.split()
     assert word == "ok"
-    return int(taken), int(right), int(failed)
+    return int(writes), int(taken), int(right), int(failed)
 
 
 @pytest.mark.parametrize("mode", TAKES_ALL)
 def test_every_chunk_is_right_whatever_becomes_of_its_write(binary: Path, tmp_path: Path, mode: str) -> None:
     assert run(binary, mode, tmp_path / "out") == (WHOLE, N, 0)
+
+
+def test_neighbours_are_written_together(binary: Path, tmp_path: Path) -> None:
+    assert counts(binary, "neighbours", tmp_path / "out") == (4, 9, 10, 0)  # 5-7, 9, 20-23, 40; the odd one apart
 
 
 @pytest.mark.parametrize("mode", ["refused", "no-aio"])
