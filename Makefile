@@ -15,9 +15,11 @@ C_WARNINGS := -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
 build: $(STAMP)
 
+# The tree goes onto the path, without the import hook that would make each start slower than an installed package's.
 $(STAMP): pyproject.toml setup.py $(SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+		--config-settings editable_mode=compat
 	touch $@
 
 demo: build
