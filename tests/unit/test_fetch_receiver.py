@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fastcas.fetch.receiver import (
     describe,
     error_of,
 )
+from fastcas.fetch.remote import Remote
 from fastcas.ids import PeerAddr
 from tests.support.evil_peer import Peer, content_of, head, make_manifest
 
@@ -255,6 +257,81 @@ def test_chunks_wait_for_buffers_under_the_memory_cap(tmp_path: Path) -> None:
                     assert receiver.core.buffer_bytes <= 2 * CHUNK
                 receiver.close()
             assert file.read() == CONTENT
+
+    run(work)
+
+
+def test_answers_come_in_lists_to_the_listener_of_their_requests_the_oldest_first(tmp_path: Path) -> None:
+    orders = ([7, 3, 4, 5, 0, 1], [20, 30, 10], [8])
+
+    async def work() -> None:
+        receiver = AsyncReceiver(n_threads=2)
+        with (tmp_path / "part").open("w+b") as file:
+            async with Peer(CONTENT) as peer:
+                job = Job(peer.manifest, file.fileno())
+                got: list[list[int]] = [[], [], []]
+                forgotten: list[Answer] = []
+                n_calls = 0
+                done = asyncio.Event()
+
+                def take(which: int, answers: list[Answer]) -> None:
+                    nonlocal n_calls
+                    n_calls += 1
+                    got[which] += [answer.chunk for answer in answers]
+                    if sum(map(len, got)) == sum(map(len, orders)):
+                        done.set()
+
+                lost = receiver.listen(forgotten.extend)
+                receiver.open(peer.addr).get_chunks(lost, job, [15])
+                receiver.forget(lost)
+                for which, chunks in enumerate(orders):
+                    listener = receiver.listen(partial(take, which))
+                    receiver.open(peer.addr).get_chunks(listener, job, chunks)
+                await done.wait()
+                assert got == list(orders)
+                assert n_calls >= len(orders)
+                assert not forgotten
+            receiver.close()
+
+    run(work)
+
+
+def test_list_with_a_chunk_that_the_file_lacks_asks_for_none_of_them(tmp_path: Path) -> None:
+    async def work() -> None:
+        receiver = AsyncReceiver(n_threads=1)
+        wire = Wire(GOOD)
+        with (tmp_path / "part").open("w+b") as file:
+            job = Job(make_manifest(CONTENT), file.fileno())
+            async with wire as addr:
+                line = receiver.open(addr)
+                listener = receiver.listen(lambda answers: pytest.fail(describe(answers[0])))
+                for wrong in (41, -1, 1 << 40):
+                    with pytest.raises((IndexError, OverflowError)):
+                        line.get_chunks(listener, job, [0, 1, wrong])
+                line.get_chunks(listener, job, [])
+                assert (await receiver.get(line, "/x", max_length=10)).body == b"abc"
+            receiver.close()
+        assert len(wire.requests) == 1
+
+    run(work)
+
+
+def test_dropped_line_is_heard_to_its_end_and_then_forgotten(tmp_path: Path) -> None:
+    async def work() -> None:
+        receiver = AsyncReceiver(n_threads=1)
+        with (tmp_path / "part").open("w+b") as file:
+            async with Peer(CONTENT, behaviour="silent") as peer:
+                heard: list[Outcome] = []
+                remote = Remote(peer.addr, "user", receiver)
+                remote.on_answers = lambda _, answers: heard.extend(Outcome(answer.outcome) for answer in answers)
+                remote.ask_chunks(Job(peer.manifest, file.fileno()), list(range(6)))
+                assert len(remote.lines) == 2
+                remote.hang_up()
+                await remote.wait_idle()
+                assert heard == [Outcome.CANCELLED] * 6
+                assert not remote.lines
+                assert not receiver._listeners
+            receiver.close()
 
     run(work)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastcas.fetch.peerstate import FIRST_WINDOW_CHUNKS, FIRST_WINDOW_S, PeerState
 from fastcas.fetch.scheduler import BUSY_S, CROWD_IN_FLIGHT, Ask, Scheduler, bits, from_bitfield, lowest_bits
 
 CHUNK = 1 << 18
@@ -104,8 +106,12 @@ def test_any_history_keeps_the_books_and_ends_with_everything(seed: int, data: s
                     left = list(bits(scheduler.free)) or [0]
                     index = rng.choice(left)
                     scheduler.asked(key, index, now)
-                scheduler.completed(key, [index], now, CHUNK, 0.001)
-                done |= 1 << index
+                together = [index]  # with others of the same peer, in any order
+                while (others := [i for k, i in out if k == key and i is not None]) and rng.random() < 0.7:
+                    together.append(rng.choice(others))
+                    out.remove((key, together[-1]))
+                scheduler.completed(key, together, now, len(together) * CHUNK, 0.001)
+                done |= sum(1 << i for i in set(together))
     assert not scheduler.wanted
     assert done == scheduler.full
 
@@ -160,6 +166,46 @@ def test_window_grows_with_rate_and_round_trip() -> None:
         asks = scheduler.decide(now)
         most = max(most, len(asks))
     assert most >= 39
+
+
+def test_rate_of_a_new_peer_is_known_early_where_enough_came() -> None:
+    quick, slow = PeerState("quick"), PeerState("slow")
+    for i in range(1, FIRST_WINDOW_CHUNKS + 1):
+        assert quick.depth == slow.depth == 0
+        quick.measure(CHUNK, i * FIRST_WINDOW_S / FIRST_WINDOW_CHUNKS, 0.001, CHUNK)
+        slow.measure(CHUNK // 2, i * 0.1 / FIRST_WINDOW_CHUNKS - 1e-6, 0.001, CHUNK)
+    assert quick.rate_Bps == FIRST_WINDOW_CHUNKS * CHUNK / FIRST_WINDOW_S
+    assert slow.rate_Bps == 0.0
+    slow.measure(CHUNK // 2, 0.1, 0.001, CHUNK)
+    assert slow.rate_Bps == 4.5 * CHUNK / 0.1
+
+
+def test_windows_of_a_rate_become_longer() -> None:
+    peer, now, ends = PeerState("x"), 0.0, []
+    while now < 0.5:
+        now += 1 / 1024
+        before = peer.window_started
+        peer.measure(4 * CHUNK, now, 0.0, CHUNK)
+        if peer.window_started != before:
+            ends.append((now - before) * 1024)
+    assert ends[:5] == [math.ceil(s * 1024) for s in (0.0125, 0.025, 0.05, 0.1, 0.1)]
+
+
+@given(st.sets(st.integers(0, 200), min_size=1), st.integers(0, 220), st.integers(1, 30))
+def test_run_goes_on_where_it_ended_and_begins_anew_at_its_end(chunks: set[int], cursor: int, n: int) -> None:
+    peer = PeerState("x", cursor=cursor)
+    ahead = sorted(i for i in chunks if i >= cursor) or sorted(chunks)
+    assert peer.follow(sum(1 << i for i in chunks), n) == ahead[:n]
+    assert peer.cursor == ahead[:n][-1] + 1
+
+
+def test_lone_peer_is_asked_for_its_whole_window_and_no_more() -> None:
+    scheduler = with_peers(make(200), (1 << 200) - 1)
+    scheduler.peers[0].depth, scheduler.peers[0].cursor = 50, 0
+    asks = [ask.index for ask in scheduler.decide(0.0)]
+    assert asks == list(range(50))
+    scheduler.completed(0, [0, 2, 4], 0.01, 3 * CHUNK, 0.0)
+    assert [ask.index for ask in scheduler.decide(0.01)] == [50, 51, 52]
 
 
 def test_window_stays_below_the_memory_cap() -> None:
