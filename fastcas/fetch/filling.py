@@ -171,20 +171,22 @@ class Filling:
             return
         manifest = self.manifest
         now = time.monotonic()
-        by_number: dict[Hashable, list[int]] = {}
+        by_peer: dict[Hashable, list[int]] = {}
+        chunks: list[int] = []
+        of_peer: Hashable = None  # whose the list is: most asks in a row are of one peer
         for ask in self._decide(now):
             peer, index = ask.peer, ask.index
-            if index is None:
+            if index is not None:
+                if peer is not of_peer:
+                    of_peer, chunks = peer, by_peer.setdefault(peer, [])
+                chunks.append(index)
+            else:
                 target = next_target(
                     manifest.file_hash, manifest.manifest_hash, self.chain.first_allowed,
                     data_port=self._settings.data_port, node_id=self._settings.node_id,
                 )  # fmt: skip
                 self._crowd.remotes[peer].ask_next(self._job, target)  # type: ignore[index]
-            elif (chunks := by_number.get(peer)) is not None:
-                chunks.append(index)
-            else:
-                by_number[peer] = [index]
-        for peer, chunks in by_number.items():
+        for peer, chunks in by_peer.items():
             self._crowd.remotes[peer].ask_chunks(self._job, chunks)  # type: ignore[index]
         cause, n_unheld = self._waits_for()
         at = self._scheduler.wake_at(now)
