@@ -172,12 +172,12 @@ static bool may_keep(const fcas_rx_thread *t)
 }
 
 /* How long to wait for events. Whole chunks wait while more than them are still to come: many are checked at once, and
- * the connections have enough to send meanwhile. */
+ * the connections have enough to send meanwhile. Not where they hold the buffers that others wait for. */
 static int patience_ms(const fcas_rx_thread *t)
 {
     const fcas_rx_settler *s = &t->settler;
     if (s->n_whole > 0) {
-        const bool more = t->n_asked > s->n_whole && s->gap_us < QUICK_US;
+        const bool more = t->n_asked > s->n_whole && s->gap_us < QUICK_US && !t->someone_waits;
         return more && fcas_rx_clock_us() - s->whole_since_us < GATHER_US ? 1 : 0;
     }
     if (s->n_ended > 0) {
