@@ -40,8 +40,8 @@ typedef struct {
     atomic_int users;
 } fcas_rx_job;
 
-/* So many chunks are checked, written and told together at most: a multiple of what any SHA-256 kernel takes side by
- * side (shani_x10: 10), and large against what each turn costs (docs/DECISIONS.md, 34). */
+/* So many chunks are checked, written and told together at most: a multiple of what the preferred SHA-256 kernel takes
+ * side by side (shani_x10: 10), and large against what each turn costs (docs/DECISIONS.md, 34). */
 #define FCAS_RX_TOGETHER 40u
 
 /* What a check of a chunk's bytes found. */

@@ -224,18 +224,7 @@ static bool take(fcas_rx *rx, int *right, int *failed, bool is_right[N])
     return true;
 }
 
-static void ask(fcas_rx_conn *conn, fcas_rx_job *job, unsigned i)
-{
-    char target[32];
-    const int n = snprintf(target, sizeof target, "/chunks/%u", i);
-    fcas_rx_request *r = fcas_rx_request_new(target, (size_t)n);
-    r->id = i;
-    r->job = job;
-    r->index = i;
-    fcas_rx_submit(conn, r);
-}
-
-/* Three runs of neighbours, handed over in disorder, and the odd last chunk. */
+/* Two runs of neighbours in disorder, two chunks alone, and the odd last one. */
 static const unsigned handed[] = {7, 5, 6, 21, 9, 20, N - 1, 22, 23, 40};
 enum { N_HANDED = sizeof handed / sizeof handed[0] };
 
@@ -299,7 +288,13 @@ int main(int argc, char **argv)
         conns[i] = fcas_rx_open(rx, (struct sockaddr *)&address, n_address, "x", "");
     }
     for (unsigned i = 0; i < N && !is("neighbours"); i++) {
-        ask(conns[i % CONNS], job, i);
+        char target[32];
+        const int n = snprintf(target, sizeof target, "/chunks/%u", i);
+        fcas_rx_request *r = fcas_rx_request_new(target, (size_t)n);
+        r->id = i;
+        r->job = job;
+        r->index = i;
+        fcas_rx_submit(conns[i % CONNS], r);
     }
     while (right + failed < (is("stop") ? 1 : is("neighbours") ? N_HANDED : N)) {
         if (!take(rx, &right, &failed, is_right)) {
